@@ -1,0 +1,1 @@
+"""Benchmarks: models, arms, measurement, tables and figures."""

@@ -1,0 +1,194 @@
+"""Settings: frozen, validated, each with a unit or a type that needs none.
+
+`EngineConfig` is what a user asks for; `resolved` replaces every "auto" by what it came to. Sizes
+are written as users write them ("2GiB", "25%"). Knows no model and no machine.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+from foreload.errors import ConfigError
+
+__all__ = ["EngineConfig", "SamplingConfig", "format_bytes", "parse_size"]
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
+}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
+_PERCENT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*%\s*")
+
+
+def parse_size(text: str | int, *, whole_bytes: int, setting: str) -> int:
+    """Turn "2GiB", "25%" or a number of bytes into bytes.
+
+    Args:
+        text: The size as written.
+        whole_bytes: What 100 % stands for.
+        setting: The setting's name, for the message.
+
+    Raises:
+        ConfigError: Not a size, or not positive.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        value = text
+    elif isinstance(text, str) and (match := _PERCENT.fullmatch(text)):
+        value = int(float(match[1]) / 100 * whole_bytes)
+    elif (
+        isinstance(text, str)
+        and (match := _SIZE.fullmatch(text))
+        and match[2].lower() in _UNITS
+    ):
+        value = int(float(match[1]) * _UNITS[match[2].lower()])
+    else:
+        raise ConfigError(
+            f"{setting}={text!r} is not a size", hint='write it as "2GiB", "500MB" or "25%"'
+        )
+    if value <= 0:
+        raise ConfigError(f"{setting}={text!r} must be more than nothing")
+    return value
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Write a number of bytes for people: 1.5 GiB, 640 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What an engine is asked to be.
+
+    Attributes:
+        model: Local directory, Hub name, or "demo".
+        device: "auto" or "cpu".
+        dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
+        expert_memory: Hard ceiling of the device tier for experts: "auto", a size, or a percentage
+            of all experts' bytes.
+        predictor: "auto", "none", "lookahead" or "default-vectors".
+        lookahead_layers: How many MoE layers ahead to predict.
+        eviction: "next-use", "lru", "lfu", "least-stale", or "none" (experts leave after use).
+        num_workers: Copies in flight at once.
+        prefill_chunk: Most prompt tokens per forward; each needed expert is read once per chunk.
+    """
+
+    model: str = "demo"
+    device: str = "auto"
+    dtype: str = "auto"
+    expert_memory: str | int = "auto"
+    predictor: str = "auto"
+    lookahead_layers: int = 2
+    eviction: str = "next-use"
+    num_workers: int = 2
+    prefill_chunk: int = 1024
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "device": ("auto", "cpu"),
+        "dtype": ("auto", "bfloat16", "float16", "float32"),
+        "predictor": ("auto", "none", "lookahead", "default-vectors"),
+        "eviction": ("next-use", "lru", "lfu", "least-stale", "none"),
+    }
+
+    def __post_init__(self) -> None:
+        for name, choices in self.CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r} is unknown", hint=f"use {', '.join(choices)}")
+        for name in ("lookahead_layers", "num_workers", "prefill_chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.expert_memory != "auto":
+            parse_size(self.expert_memory, whole_bytes=1 << 40, setting="expert_memory")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """Make a configuration from names and values.
+
+        Raises:
+            ConfigError: An unknown name or a bad value.
+        """
+        _refuse_unknown(values, cls)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give names and values, JSON-ready."""
+        return asdict(self)
+
+    def with_values(self, **values: Any) -> EngineConfig:
+        """Copy with some values replaced."""
+        return replace(self, **values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are chosen and when to stop.
+
+    Attributes:
+        max_new_tokens: Most tokens to generate.
+        temperature: 0 chooses the likeliest token; otherwise logits are divided by it.
+        top_p: Sample among the likeliest tokens that together reach this probability.
+        top_k: Sample among this many likeliest tokens; 0 for all.
+        seed: Seed of the sampling; None takes one from the system.
+        stop: Texts that end the generation; they are not part of the result.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        elif not isinstance(self.stop, tuple):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        checks = [
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty texts"),
+        ]
+        for name, is_fine, wanted in checks:
+            if not is_fine:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be {wanted}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamplingConfig:
+        """Make a configuration from names and values.
+
+        Raises:
+            ConfigError: An unknown name or a bad value.
+        """
+        _refuse_unknown(values, cls)
+        return cls(**values)
+
+
+def _refuse_unknown(values: dict[str, Any], cls: type) -> None:
+    known = {f.name for f in fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"unknown setting {name!r}", hint=f"known are {', '.join(sorted(known))}"
+            )

@@ -1,0 +1,1 @@
+"""Where experts lie and how they get there: checkpoint, cache, transfers, tiers."""

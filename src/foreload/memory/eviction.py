@@ -1,0 +1,259 @@
+"""How long until an expert is wanted again: the estimate by which the cache evicts.
+
+Every policy answers one question, in one unit: the expected number of tokens until each expert's
+next use. The cache evicts the longest wait, and compares a guess with a victim on the same scale.
+Torch-free; a policy neither knows the slots nor changes them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from foreload.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["LFU", "LRU", "Belady", "EvictionPolicy", "LeastStale", "NextUse", "make_eviction"]
+
+
+class EvictionPolicy(Protocol):
+    """Estimates, for every expert, the tokens until its next use."""
+
+    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+        """Learn the true routing of one forward at one layer.
+
+        Args:
+            layer: MoE layer.
+            counts: How many tokens of the forward want each demanded expert.
+            num_tokens: Tokens in the forward.
+        """
+
+    def expected_wait(self) -> NDArray[np.float64]:
+        """Give the expected tokens until next use, (L * E,), as of the last `observe`."""
+
+
+class _Position:
+    """Counts forwards and remembers the layer, so that a wait can be told in tokens."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self.layer = num_layers - 1
+        self.time = 0.0
+        self._layer_of = np.repeat(np.arange(num_layers), num_experts)
+
+    def advance(self, layer: int) -> None:
+        """Move to `layer`; time grows by one per token-cycle."""
+        self.time += ((layer - self.layer - 1) % self.num_layers + 1) / self.num_layers
+        self.layer = layer
+
+    def layers_away(self) -> NDArray[np.float64]:
+        """Give the share of a token-cycle until each expert's layer comes round, (L * E,)."""
+        away: NDArray[np.float64] = (
+            (self._layer_of - self.layer - 1) % self.num_layers
+        ) / self.num_layers
+        return away
+
+    def flat(self, layer: int, experts: Sequence[int]) -> NDArray[np.int64]:
+        """Give flat indices of a layer's experts."""
+        return layer * self.num_experts + np.asarray(experts, dtype=np.int64)
+
+
+class LRU:
+    """Least recently used: an expert is expected to stay away as long as it has been away.
+
+    Evicts everything just before it is needed when fewer slots than one token-cycle
+    (layers times top_k) are given.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._at = _Position(num_layers, num_experts)
+        self._last = np.full(num_layers * num_experts, -1e9)
+
+    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+        """Stamp the demanded experts with the present."""
+        self._at.advance(layer)
+        self._last[self._at.flat(layer, list(counts))] = self._at.time
+
+    def expected_wait(self) -> NDArray[np.float64]:
+        """Give the tokens since last use."""
+        wait: NDArray[np.float64] = self._at.time - self._last
+        return wait
+
+
+class LFU:
+    """Decayed frequency: uses per token, forgotten with a half-life of `half_life` tokens."""
+
+    def __init__(self, num_layers: int, num_experts: int, *, half_life: float = 32.0) -> None:
+        self._at = _Position(num_layers, num_experts)
+        self._rate = _UseRate(num_layers, num_experts, half_life)
+
+    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+        """Update the frequencies of one layer."""
+        self._at.advance(layer)
+        self._rate.update(layer, counts, num_tokens)
+
+    def expected_wait(self) -> NDArray[np.float64]:
+        """Give the mean gap that the decayed frequency stands for."""
+        wait: NDArray[np.float64] = 1.0 / np.maximum(self._rate.values, 1e-9)
+        return wait
+
+
+class LeastStale:
+    """Evict first what this token-cycle has already passed, oldest first.
+
+    Experts of layers still to come in this cycle are kept over those of layers just passed.
+
+    Reference:
+        "SpecMD", arXiv:2602.03921.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._at = _Position(num_layers, num_experts)
+        self._last = np.full(num_layers * num_experts, -1e9)
+
+    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+        """Stamp the demanded experts with the present."""
+        self._at.advance(layer)
+        self._last[self._at.flat(layer, list(counts))] = self._at.time
+
+    def expected_wait(self) -> NDArray[np.float64]:
+        """Give whole cycles since last use, plus the way to the expert's layer."""
+        cycles = np.floor(self._at.time - self._last)
+        wait: NDArray[np.float64] = cycles + self._at.layers_away()
+        return wait
+
+
+class NextUse:
+    """Expected time to next use from a fast and a slow use rate and the layer's position.
+
+    An expert used with probability p per token waits (1 - p) / p tokens on average, counted
+    from when its layer next comes round. p mixes a slow rate (what the text is about) and a fast
+    one (what it is doing now). Unlike recency it does not fall to zero below one token-cycle.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        slow_half_life: float = 64.0,
+        fast_half_life: float = 4.0,
+        fast_weight: float = 0.4,
+    ) -> None:
+        self._at = _Position(num_layers, num_experts)
+        self._slow = _UseRate(num_layers, num_experts, slow_half_life)
+        self._fast = _UseRate(num_layers, num_experts, fast_half_life)
+        self._fast_weight = fast_weight
+
+    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+        """Update both rates of one layer."""
+        self._at.advance(layer)
+        self._slow.update(layer, counts, num_tokens)
+        self._fast.update(layer, counts, num_tokens)
+
+    def expected_wait(self) -> NDArray[np.float64]:
+        """Give the way to the expert's layer plus the mean gap between its uses."""
+        rate = self._slow.values + self._fast_weight * (self._fast.values - self._slow.values)
+        np.clip(rate, 1e-4, 1.0, out=rate)
+        wait: NDArray[np.float64] = self._at.layers_away() + 1.0 / rate - 1.0
+        return wait
+
+
+class _UseRate:
+    """Exponentially averaged uses per token, unbiased while young, one row per layer."""
+
+    def __init__(self, num_layers: int, num_experts: int, half_life: float) -> None:
+        self._num_experts = num_experts
+        self._keep = 0.5 ** (1.0 / half_life)
+        self._sum = np.zeros((num_layers, num_experts))
+        self._weight = np.zeros(num_layers)
+        self._rate = np.zeros((num_layers, num_experts))
+
+    def update(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+        """Average in one forward of `num_tokens` tokens at once."""
+        keep = self._keep**num_tokens
+        row = self._sum[layer]
+        row *= keep
+        share = (1.0 - keep) / num_tokens
+        for expert, count in counts.items():
+            row[expert] += share * count
+        self._weight[layer] = self._weight[layer] * keep + (1.0 - keep)
+        np.divide(row, self._weight[layer], out=self._rate[layer])
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """Give uses per token, (L * E,)."""
+        return self._rate.reshape(-1)
+
+
+class Belady:
+    """The true wait, read off a recorded trace: the best any eviction can do. Replays only.
+
+    Args:
+        num_layers: MoE layers.
+        num_experts: Experts per layer.
+        trace: The demanded experts of every layer of every forward, in order.
+
+    Reference:
+        Belady 1966, "A study of replacement algorithms for a virtual-storage computer".
+    """
+
+    def __init__(
+        self, num_layers: int, num_experts: int, trace: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._uses: list[list[int]] = [[] for _ in range(num_layers * num_experts)]
+        for step, layers in enumerate(trace):
+            for layer, experts in enumerate(layers):
+                for expert in experts:
+                    self._uses[layer * num_experts + expert].append(step * num_layers + layer)
+        self._cursor = [0] * len(self._uses)
+        never = (len(trace) + 1) * num_layers * 10
+        self._never = never
+        self._next = np.array([uses[0] if uses else never for uses in self._uses], dtype=float)
+        self._now = -1
+
+    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+        """Step to the next recorded layer visit; its experts' next use is the one after."""
+        self._now += (layer - self._now - 1) % self._num_layers + 1
+        for expert in counts:
+            flat = layer * self._num_experts + expert
+            uses = self._uses[flat]
+            cursor = self._cursor[flat]
+            while cursor < len(uses) and uses[cursor] <= self._now:
+                cursor += 1
+            self._cursor[flat] = cursor
+            self._next[flat] = uses[cursor] if cursor < len(uses) else self._never
+
+    def expected_wait(self) -> NDArray[np.float64]:
+        """Give the true tokens until next use."""
+        wait: NDArray[np.float64] = (self._next - self._now) / self._num_layers
+        return wait
+
+
+def make_eviction(name: str, num_layers: int, num_experts: int) -> EvictionPolicy:
+    """Make the policy a setting names.
+
+    Raises:
+        ConfigError: No such policy.
+    """
+    match name:
+        case "next-use":
+            return NextUse(num_layers, num_experts)
+        case "lru" | "none":
+            return LRU(num_layers, num_experts)
+        case "lfu":
+            return LFU(num_layers, num_experts)
+        case "least-stale":
+            return LeastStale(num_layers, num_experts)
+    raise ConfigError(
+        f"unknown eviction policy {name!r}",
+        hint="use next-use, lru, lfu, least-stale or none",
+    )

@@ -1,0 +1,309 @@
+"""Disk below, slots above: who is demanded, who is prefetched, who has arrived.
+
+The one owner of arena, cache and transfers. Called by the compute thread only. Knows nothing of
+routers or models: it is given keys and probabilities, and gives back readable parameters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from foreload.errors import CapacityError
+from foreload.memory.cache import ExpertCache
+from foreload.memory.transfer import TransferEngine, TransferState
+from foreload.types import ExpertKey, Lookup, Priority
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from foreload.errors import TransferError
+
+    from foreload.memory.arena import SlotArena
+    from foreload.memory.eviction import EvictionPolicy
+    from foreload.memory.transfer import CopyBackend, Transfer
+    from foreload.metrics import Metrics, Timeline
+    from foreload.types import ExpertPlan
+
+__all__ = ["Demand", "ExpertTiers"]
+
+
+class ExpertTiers:
+    """Brings experts from the checkpoint into slots, on demand and on a guess.
+
+    Args:
+        arena: The slots' memory.
+        plans: How to read each expert, [layer][expert].
+        backend: Moves the bytes.
+        policy: Estimates waits until next use.
+        metrics: Where lookups, bytes and stalls are counted.
+        timeline: Where copies and stalls are drawn.
+        keep: Whether experts stay after use; False is the on-demand reference.
+        num_workers: Copies in flight at once.
+    """
+
+    def __init__(
+        self,
+        arena: SlotArena,
+        plans: Sequence[Sequence[ExpertPlan]],
+        backend: CopyBackend,
+        policy: EvictionPolicy,
+        metrics: Metrics,
+        timeline: Timeline,
+        *,
+        keep: bool = True,
+        num_workers: int = 2,
+    ) -> None:
+        self._arena = arena
+        self._plans = plans
+        self._metrics = metrics
+        self._timeline = timeline
+        self._keep = keep
+        num_experts = max(len(layer) for layer in plans)
+        self.cache = ExpertCache(arena.num_slots, len(plans), num_experts, policy)
+        self._transfers = TransferEngine(backend, num_workers=num_workers)
+        self._open: dict[ExpertKey, Transfer] = {}
+        self._guessed: set[ExpertKey] = set()
+        self._failed: dict[ExpertKey, TransferError] = {}
+        self._views: dict[ExpertKey, dict[str, Tensor]] = {}
+        self._window = 2 * num_workers
+
+    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+        """Learn the true routing at `layer` and call off prefetches that it proves wrong."""
+        self.poll()
+        self.cache.observe(layer, counts, num_tokens)
+        for key, transfer in list(self._open.items()):
+            if (
+                key.layer == layer
+                and key.expert not in counts
+                and transfer.priority is Priority.PREFETCH
+            ):
+                self._transfers.cancel(transfer)
+        self.poll()
+
+    def demand(self, layer: int, experts: Sequence[int]) -> Demand:
+        """Ask for experts of one layer; what is missing starts to come at once."""
+        return Demand(self, [ExpertKey(layer, expert) for expert in experts])
+
+    def prefetch(self, key: ExpertKey, *, expected_wait: float, order: float) -> bool:
+        """Start to bring an absent expert on a guess; False where that would not pay.
+
+        Args:
+            key: The guessed expert.
+            expected_wait: Tokens until it is expected to be used; what is expected back sooner
+                is not evicted for it.
+            order: Rank among prefetches; the smaller goes first.
+        """
+        if self.cache.lookup(key) is not Lookup.MISS:
+            return False
+        if not self._begin(key, Priority.PREFETCH, order, expected_wait):
+            return False
+        self._guessed.add(key)
+        self._metrics.num_prefetched += 1
+        return True
+
+    @property
+    def num_slots(self) -> int:
+        """Give how many experts fit."""
+        return self._arena.num_slots
+
+    @property
+    def num_open_prefetches(self) -> int:
+        """Give how many guessed experts are queued or on their way."""
+        return sum(t.priority is Priority.PREFETCH for t in self._open.values())
+
+    def parameters(self, key: ExpertKey) -> dict[str, Tensor]:
+        """View a readable expert's parameters, valid while it is pinned."""
+        views = self._views.get(key)
+        if views is None:
+            views = self._arena.tensors(self.cache.slot_of(key), self._plan(key))
+            self._views[key] = views
+        return views
+
+    def poll(self) -> None:
+        """Book what has finished; never blocks."""
+        self._book(self._transfers.poll())
+
+    def wait_news(self) -> None:
+        """Block until a copy has finished, and book it as stall."""
+        start = time.perf_counter()
+        finished = self._transfers.wait()
+        end = time.perf_counter()
+        self._metrics.stall_s += end - start
+        self._timeline.add("stall", "stall", start, end)
+        self._book(finished)
+
+    def wait_idle(self) -> None:
+        """Block until no copy is queued or on its way."""
+        while self._open:
+            self._book(self._transfers.wait())
+
+    def flush(self) -> None:
+        """Empty the tier: cancel what is on its way, evict the rest."""
+        for transfer in list(self._open.values()):
+            self._transfers.cancel(transfer)
+        self.wait_idle()
+        for key in self.cache.keys():
+            self._evict(key)
+
+    def close(self) -> None:
+        """Cancel all copies and stop the threads."""
+        self._transfers.close()
+        self.poll()
+
+    def _plan(self, key: ExpertKey) -> ExpertPlan:
+        return self._plans[key.layer][key.expert]
+
+    def _begin(
+        self, key: ExpertKey, priority: Priority, order: float, expected_wait: float | None = None
+    ) -> bool:
+        reservation = self.cache.reserve(key, expected_wait=expected_wait)
+        if reservation is None:
+            return False
+        if reservation.evicted is not None:
+            self._forget(reservation.evicted)
+        self._failed.pop(key, None)
+        plan = self._plan(key)
+        self._open[key] = self._transfers.submit(key, plan, reservation.slot, priority, order=order)
+        return True
+
+    def _book(self, finished: Sequence[Transfer]) -> None:
+        """Enter finished transfers into cache, counters and timeline."""
+        for transfer in finished:
+            key = transfer.key
+            del self._open[key]
+            if transfer.is_guess:
+                self._metrics.prefetch_bytes += transfer.bytes_moved
+            else:
+                self._metrics.demand_bytes += transfer.bytes_moved
+            for start_s, end_s in transfer.busy:
+                self._timeline.add("disk", f"{key.layer}.{key.expert}", start_s, end_s)
+            if transfer.state is TransferState.DONE:
+                self.cache.commit(key)
+                continue
+            self.cache.abort(key)
+            if key in self._guessed:
+                self._guessed.remove(key)
+                self._metrics.wasted_bytes += transfer.bytes_moved
+            if transfer.error is not None:
+                self._failed[key] = transfer.error
+
+    def _evict(self, key: ExpertKey) -> None:
+        if self.cache.evict(key):
+            self._forget(key)
+
+    def _forget(self, key: ExpertKey) -> None:
+        """Drop what is known of an expert that has left its slot."""
+        self._views.pop(key, None)
+        if key in self._guessed:
+            self._guessed.remove(key)
+            self._metrics.wasted_bytes += self._plan(key).read_bytes
+
+
+class Demand:
+    """Experts one layer is waiting for: iterate to get each as soon as it is readable.
+
+    Residents come first, so that computing them hides the copies of the others; every missing
+    expert is copied once. However few slots there are, a layer gets through: experts that have
+    been consumed make room. An expert's parameters are valid until the next one is asked for.
+
+    Raises:
+        TransferError: While iterating: a copy failed. Nothing stays pinned.
+        CapacityError: While iterating: not one slot can be had.
+    """
+
+    def __init__(self, tiers: ExpertTiers, keys: Sequence[ExpertKey]) -> None:
+        self._tiers = tiers
+        self._ready: deque[ExpertKey] = deque()
+        self._coming: list[ExpertKey] = []
+        self._missing: deque[ExpertKey] = deque()
+        metrics = tiers._metrics
+        for key in keys:
+            match tiers.cache.lookup(key):
+                case Lookup.HIT:
+                    metrics.num_hits += 1
+                    tiers.cache.pin(key)
+                    self._ready.append(key)
+                case Lookup.PENDING:
+                    metrics.num_late += 1
+                    tiers._transfers.raise_priority(tiers._open[key])
+                    self._coming.append(key)
+                case Lookup.MISS:
+                    metrics.num_misses += 1
+                    self._missing.append(key)
+            if key in tiers._guessed:
+                tiers._guessed.remove(key)
+                metrics.num_prefetched_used += 1
+        self._admit()
+
+    def __iter__(self) -> Iterator[tuple[ExpertKey, dict[str, Tensor]]]:
+        tiers = self._tiers
+        try:
+            while self._ready or self._coming or self._missing:
+                if not self._ready:
+                    self._await_arrival()
+                    continue
+                key = self._ready.popleft()
+                try:
+                    yield key, tiers.parameters(key)
+                finally:
+                    tiers.cache.unpin(key)
+                if not tiers._keep:
+                    tiers._evict(key)
+                self._collect()
+        finally:
+            while self._ready:
+                tiers.cache.unpin(self._ready.popleft())
+
+    def _await_arrival(self) -> None:
+        self._collect()
+        if self._ready:
+            return
+        if not self._coming:
+            self._make_room()
+        self._tiers.wait_news()
+        self._collect()
+
+    def _collect(self) -> None:
+        """Pin what has arrived, ask again for what was called off, start what now fits."""
+        tiers = self._tiers
+        tiers.poll()
+        still_coming = []
+        for key in self._coming:
+            match tiers.cache.lookup(key):
+                case Lookup.HIT:
+                    tiers.cache.pin(key)
+                    self._ready.append(key)
+                case Lookup.PENDING:
+                    still_coming.append(key)
+                case Lookup.MISS:
+                    error = tiers._failed.pop(key, None)
+                    if error is not None:
+                        raise error
+                    self._missing.append(key)
+        self._coming = still_coming
+        self._admit()
+
+    def _admit(self) -> None:
+        """Start copies of missing experts, a few ahead of the computation."""
+        tiers = self._tiers
+        while self._missing and len(self._coming) < tiers._window:
+            if not tiers._begin(self._missing[0], Priority.DEMAND, 0.0):
+                return
+            self._coming.append(self._missing.popleft())
+
+    def _make_room(self) -> None:
+        """Call off guesses that hold every slot."""
+        tiers = self._tiers
+        if not tiers._open:
+            raise CapacityError(
+                "no expert slot can be freed",
+                needed_bytes=tiers._arena.slot_bytes,
+                available_bytes=0,
+                setting="expert_memory",
+            )
+        for transfer in list(tiers._open.values()):
+            tiers._transfers.cancel(transfer)

@@ -1,0 +1,1 @@
+"""The bridge to transformers: loading, attaching, and what happens at one MoE layer."""

@@ -1,0 +1,70 @@
+"""A KV cache that grows by doubling instead of concatenating at every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+__all__ = ["make_kv_cache"]
+
+_FIRST_CAPACITY = 256
+
+
+def make_kv_cache(model_config: Any) -> DynamicCache:
+    """Make a cache for one sequence (or batch) of a model.
+
+    Full-attention layers grow by doubling; layers that are bounded anyway (sliding windows,
+    linear attention) stay transformers' own. Cropping and reordering work as in `DynamicCache`.
+    """
+    cache = DynamicCache(config=model_config)
+    cache.layers = [
+        _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        cache.layer_class_to_replicate = _GrowingLayer
+    return cache
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values are views of buffers with room to spare."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._key_buffer: Tensor | None = None
+        self._value_buffer: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append and give all keys and values, (B, heads, S, D) each."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        used = self.get_seq_length()
+        self._key_buffer = _with_room(self._key_buffer, self.keys, key_states, used)
+        self._value_buffer = _with_room(self._value_buffer, self.values, value_states, used)
+        end = used + key_states.shape[-2]
+        self._key_buffer[..., used:end, :] = key_states
+        self._value_buffer[..., used:end, :] = value_states
+        self.keys = self._key_buffer[..., :end, :]
+        self.values = self._value_buffer[..., :end, :]
+        return self.keys, self.values
+
+
+def _with_room(buffer: Tensor | None, held: Tensor, new: Tensor, used: int) -> Tensor:
+    """Give a buffer that begins with `held` and has room for `new` behind it."""
+    needed = used + new.shape[-2]
+    if buffer is not None and buffer.shape[-2] >= needed:
+        # After a reorder or selection `held` is a tensor of its own: the buffer is stale.
+        if used and held.data_ptr() == buffer.data_ptr() and held.shape[:2] == buffer.shape[:2]:
+            return buffer
+    capacity = max(_FIRST_CAPACITY, 2 * used, needed)
+    grown = torch.empty(
+        (*new.shape[:-2], capacity, new.shape[-1]), dtype=new.dtype, device=new.device
+    )
+    if used:
+        grown[..., :used, :] = held
+    return grown

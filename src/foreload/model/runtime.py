@@ -1,0 +1,186 @@
+"""What happens at one MoE layer: route, demand, predict, prefetch, compute, sum.
+
+Called by the model's forward through the experts interface. The true router has decided before
+this is reached: predictions only move bytes earlier. Imports neither predictors nor transformers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from foreload.ops.reference import accumulate, expert_forward, group_by_expert
+from foreload.schedule.prefetch import GuessOdds, PrefetchSwitch
+from foreload.types import ExpertKey, RoutingEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from foreload.memory.tiers import ExpertTiers
+    from foreload.metrics import Metrics, Timeline
+    from foreload.types import Prediction, Predictor
+
+    Observer = Callable[[RoutingEvent, list[int]], None]
+    OutputObserver = Callable[[int, int, Tensor], None]
+
+__all__ = ["ExpertRuntime"]
+
+
+class ExpertRuntime:
+    """Runs the experts of every MoE layer from the tiers.
+
+    Args:
+        tiers: Where experts come from.
+        metrics: Where steps and predictions are counted.
+        timeline: Where computation is drawn.
+        num_layers: MoE layers.
+        predictor: Guesses coming layers, or None.
+        max_prefetches: Most guessed experts queued or on their way at once: the byte cap.
+        min_odds: Guesses less probable than this are not prefetched.
+        switch: Turns prefetching off where it loses; None leaves it always on.
+    """
+
+    def __init__(
+        self,
+        tiers: ExpertTiers,
+        metrics: Metrics,
+        timeline: Timeline,
+        *,
+        num_layers: int,
+        predictor: Predictor | None,
+        max_prefetches: int,
+        min_odds: float = 0.3,
+        switch: PrefetchSwitch | None = None,
+    ) -> None:
+        self.predictor = predictor
+        self.on_routing: Observer | None = None
+        self.on_output: OutputObserver | None = None
+        self._tiers = tiers
+        self._metrics = metrics
+        self._timeline = timeline
+        self._num_layers = num_layers
+        self._max_prefetches = max_prefetches
+        self._min_odds = min_odds
+        self._switch = switch
+        self._odds = GuessOdds(num_layers)
+        self._guesses: dict[int, list[Prediction]] = {}
+        self._residuals: dict[int, Tensor] = {}
+        self._step_start_s: float | None = None
+        self._last_layer = num_layers
+        self._lock = threading.RLock()
+
+    @property
+    def is_prefetching(self) -> bool:
+        """Tell whether guesses are being prefetched at the moment."""
+        return self.predictor is not None and (self._switch is None or self._switch.is_on)
+
+    def see_residual(self, layer: int, residual: Tensor) -> None:
+        """Keep the residual stream that enters a layer's MoE block, for its prediction."""
+        if self.predictor is not None:
+            self._residuals[layer] = residual
+
+    def run_layer(
+        self,
+        layer: int,
+        experts: Any,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Compute one MoE layer; the experts function that transformers calls.
+
+        Args:
+            layer: MoE layer.
+            experts: transformers' experts module.
+            hidden_states: (T, H).
+            top_k_index: (T, K) int64, the true routing.
+            top_k_weights: (T, K), final weights.
+
+        Returns:
+            (T, H), bit for bit what transformers' eager experts give on the CPU.
+
+        Raises:
+            TransferError: A copy failed; the engine stays usable.
+        """
+        with self._lock:
+            num_tokens = hidden_states.shape[0]
+            groups = group_by_expert(top_k_index, experts.num_experts)
+            wanted = [group.expert for group in groups]
+            self._begin_layer(layer, num_tokens)
+            self._score_guesses(layer, wanted)
+            counts = {group.expert: len(group.token) for group in groups}
+            self._tiers.observe(layer, counts, num_tokens)
+            demand = self._tiers.demand(layer, wanted)
+            residual = self._residuals.pop(layer, None)
+            event = RoutingEvent(
+                self._metrics.num_steps - 1, layer, residual, top_k_index, top_k_weights
+            )
+            if self.on_routing is not None:
+                self.on_routing(event, wanted)
+            self._prefetch(event)
+
+            by_expert = {group.expert: group for group in groups}
+            outputs: dict[int, Tensor] = {}
+            for key, weights in demand:
+                start = time.perf_counter()
+                group = by_expert[key.expert]
+                rows = hidden_states[group.token] if num_tokens > 1 else hidden_states
+                output = expert_forward(experts, rows, weights)
+                if self.on_output is not None:
+                    self.on_output(layer, key.expert, output)
+                outputs[key.expert] = output * top_k_weights[group.token, group.position, None]
+                self._timeline.add("compute", f"{layer}.{key.expert}", start, time.perf_counter())
+            return accumulate(hidden_states, groups, outputs)
+
+    def _begin_layer(self, layer: int, num_tokens: int) -> None:
+        """Notice the start of a forward, and time single-token ones for the switch."""
+        if layer > self._last_layer:
+            self._last_layer = layer
+            return
+        now = time.perf_counter()
+        if self._step_start_s is not None and self._switch is not None:
+            self._switch.record(now - self._step_start_s)
+        self._step_start_s = now if num_tokens == 1 else None
+        self._metrics.num_steps += 1
+        self._last_layer = layer
+        self._guesses = {at: old for at, old in self._guesses.items() if at <= layer}
+
+    def _score_guesses(self, layer: int, wanted: list[int]) -> None:
+        """Learn from what came true."""
+        true = set(wanted)
+        for guess in self._guesses.pop(layer, ()):
+            place = (layer, guess.distance)
+            metrics = self._metrics
+            right = true.intersection(guess.experts[: len(wanted)])
+            metrics.num_predicted[place] = metrics.num_predicted.get(place, 0) + len(wanted)
+            metrics.num_predicted_right[place] = metrics.num_predicted_right.get(place, 0) + len(
+                right
+            )
+            for rank, expert in enumerate(guess.experts):
+                self._odds.learn(
+                    layer, guess.distance, rank, guess.num_expected, was_right=expert in true
+                )
+
+    def _prefetch(self, event: RoutingEvent) -> None:
+        """Predict, and start the copies that are worth it: near layers and likely experts first."""
+        if self.predictor is None:
+            return
+        room = self._max_prefetches - self._tiers.num_open_prefetches
+        for guess in self.predictor.predict(event):
+            self._guesses.setdefault(guess.layer, []).append(guess)
+            if not self.is_prefetching:
+                continue
+            for rank, expert in enumerate(guess.experts):
+                if room <= 0:
+                    return
+                odds = self._odds.get(guess.layer, guess.distance, rank, guess.num_expected)
+                if odds < self._min_odds:
+                    continue
+                # Geometric: an expert used with probability p per visit waits (1 - p) / p tokens.
+                wait = guess.distance / self._num_layers + (1 - odds) / odds
+                key = ExpertKey(guess.layer, expert)
+                order = guess.distance + self._metrics.num_steps * self._num_layers - odds
+                room -= self._tiers.prefetch(key, expected_wait=wait, order=order)

@@ -1,0 +1,131 @@
+"""Turn what a user typed into a folder with a checkpoint.
+
+Three things can be named: `demo` (the small model inside the package), a local folder, or a model
+on the Hugging Face Hub. Only safetensors, JSON and tokenizer files are ever downloaded; nothing
+from a repository is executed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+from foreload.errors import CheckpointError, OfflineError
+
+__all__ = ["ALLOW_PATTERNS", "DEMO_NAME", "resolve_model"]
+
+DEMO_NAME = "demo"
+ALLOW_PATTERNS = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab.txt",
+    "merges.txt",
+)
+# repositories such as openai/gpt-oss-20b carry the same weights again in these folders
+IGNORE_PATTERNS = ("original/*", "metal/*", "onnx/*", "*.pth", "*.pt", "*.bin")
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_model(name: str) -> Path:
+    """Give the folder of the checkpoint called `name`, downloading it where needed.
+
+    Args:
+        name: `demo`, a folder, or a Hub name such as `Qwen/Qwen3-30B-A3B`, optionally followed by
+            `@revision`.
+
+    Returns:
+        A folder that holds `config.json`.
+
+    Raises:
+        CheckpointError: No such folder or repository, or access to it was refused.
+        OfflineError: The Hub cannot be reached and the model is not in the cache.
+    """
+    if name == DEMO_NAME:
+        return _find_demo()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(
+            f"{name} is a file", hint="give the folder that holds config.json and this file"
+        )
+    repository, _, revision = name.partition("@")
+    if not _HUB_NAME.fullmatch(repository):
+        raise CheckpointError(
+            f"no folder {name!r}, and it cannot be the name of a Hub model",
+            hint="give an existing folder, or a name such as Qwen/Qwen3-30B-A3B",
+        )
+    return _download(repository, revision or None)
+
+
+def _find_demo() -> Path:
+    folder = Path(str(resources.files("foreload").joinpath(DEMO_NAME)))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            "the demo model is not part of this installation",
+            hint="install foreload from its wheel, or give a folder or a Hub name",
+        )
+    return folder
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _translated_errors(repository, revision):
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(ALLOW_PATTERNS),
+                ignore_patterns=list(IGNORE_PATTERNS),
+            )
+        )
+
+
+@contextmanager
+def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository} is gated: its owner asks for an agreement first",
+            hint=f"accept it at https://huggingface.co/{repository}, then set HF_TOKEN",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repository} has no revision {revision!r}", hint="leave out @revision for the newest"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"no folder and no Hub model is called {repository!r}",
+            hint="check the spelling; a private model needs HF_TOKEN",
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise OfflineError(
+            f"{repository} is not in the local cache, and the Hub cannot be reached",
+            hint="connect once to download it (unset HF_HUB_OFFLINE), or give a local folder",
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise OfflineError(
+            f"the Hub did not deliver {repository}: {error}",
+            hint="try again later; a finished part of the download is kept",
+        ) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(
+            f"{repository!r} is not a Hub name: {error}", hint="names look like owner/model"
+        ) from error
+    except OSError as error:
+        raise OfflineError(
+            f"{repository} could not be downloaded: {error}",
+            hint="check the connection and the free space in HF_HOME",
+        ) from error

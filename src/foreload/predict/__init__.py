@@ -1,0 +1,1 @@
+"""Guesses about which experts come next. Nothing here moves or executes anything."""

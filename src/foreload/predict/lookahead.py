@@ -1,0 +1,153 @@
+"""Predict coming layers' routing from the residual stream of this one.
+
+Training-free: the coming layer's own norm and router are asked early. `DefaultVectors` adds a
+stand-in for the MoE output that has not been computed yet. Never changes what is computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from foreload.types import Prediction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from foreload.types import RouterOutput, RoutingEvent
+
+    EarlyRouter = Callable[[Tensor], RouterOutput | None]
+
+__all__ = ["DefaultVectors", "Lookahead", "default_vector_estimate", "rank_experts"]
+
+
+class Lookahead:
+    """Asks the routers of the next layers with this layer's residual.
+
+    The true router input of layer l+1 is norm(residual + MoE output of l + attention of l+1). Only
+    the residual is known this early.
+
+    Args:
+        routers: Per MoE layer, a callable from a residual (..., H) to the layer's routing: the
+            model's own norm and router.
+        max_distance: How many MoE layers ahead to guess.
+        num_extra: Experts to name beyond the layer's top_k (one token) or demand (several).
+
+    Cost:
+        Per guess 2*T*H*E FLOP and H*E*itemsize bytes of router weight.
+
+    Reference:
+        Madan et al. 2026, "Speculating Experts Accelerates Inference for Mixture-of-Experts",
+        arXiv:2603.19289.
+    """
+
+    name = "lookahead"
+
+    def __init__(
+        self, routers: Sequence[EarlyRouter], *, max_distance: int = 1, num_extra: int = 0
+    ) -> None:
+        self._routers = routers
+        self._max_distance = max_distance
+        self._num_extra = num_extra
+
+    def predict(self, event: RoutingEvent) -> list[Prediction]:
+        """Guess the routing of the next `max_distance` layers."""
+        if event.residual is None:
+            return []
+        stream = self._estimate(event)
+        predictions = []
+        for distance in range(1, self._max_distance + 1):
+            layer = event.layer + distance
+            if layer >= len(self._routers):
+                break
+            output = self._routers[layer](stream)
+            if output is not None:
+                ranked, expected = rank_experts(output, self._num_extra)
+                predictions.append(Prediction(layer, distance, ranked, expected))
+        return predictions
+
+    def _estimate(self, event: RoutingEvent) -> Tensor:
+        """Give the stream that stands for the coming layers' router input, (..., H)."""
+        if event.residual is None:
+            raise ValueError("no residual")
+        return event.residual
+
+
+class DefaultVectors(Lookahead):
+    """Lookahead on the residual plus the weighted default vectors of the routed experts.
+
+    Args:
+        routers: As for `Lookahead`.
+        default_vectors: Per MoE layer (E, H), the mean unweighted output of each expert, or None
+            where none was measured.
+        max_distance: How many MoE layers ahead to guess.
+        num_extra: Experts to name beyond the demand.
+    """
+
+    name = "default-vectors"
+
+    def __init__(
+        self,
+        routers: Sequence[EarlyRouter],
+        default_vectors: Sequence[Tensor | None],
+        *,
+        max_distance: int = 1,
+        num_extra: int = 0,
+    ) -> None:
+        super().__init__(routers, max_distance=max_distance, num_extra=num_extra)
+        self._vectors = default_vectors
+
+    def _estimate(self, event: RoutingEvent) -> Tensor:
+        residual = super()._estimate(event)
+        vectors = self._vectors[event.layer]
+        if vectors is None:
+            return residual
+        estimate = default_vector_estimate(event.top_k_index, event.top_k_weights, vectors)
+        return residual + estimate.to(residual.dtype).view(residual.shape)
+
+
+def default_vector_estimate(
+    top_k_index: Tensor, top_k_weights: Tensor, default_vectors: Tensor
+) -> Tensor:
+    """Stand in for a layer's MoE output: the weighted default vectors of its experts.
+
+    Args:
+        top_k_index: (T, K) int64.
+        top_k_weights: (T, K).
+        default_vectors: (E, H).
+
+    Returns:
+        (T, H), in the default vectors' dtype.
+
+    Reference:
+        arXiv:2603.19289, d_l = sum over e of w_{l,e} d_{l,e}.
+    """
+    chosen = default_vectors[top_k_index]  # (T, K, H)
+    weights = top_k_weights.to(default_vectors.dtype)
+    return torch.einsum("tk,tkh->th", weights, chosen)
+
+
+def rank_experts(output: RouterOutput, num_extra: int) -> tuple[tuple[int, ...], int]:
+    """Rank experts by how likely a layer wants them.
+
+    For one token: the router's own choice first, in its order, then the best of the rest by logit.
+    For several: by how many tokens choose them.
+
+    Returns:
+        The ranked experts, and how many of them would be demanded if the guess were right.
+    """
+    index = output.top_k_index.reshape(-1, output.top_k_index.shape[-1])
+    if index.shape[0] > 1:
+        experts, counts = torch.unique(index, return_counts=True)
+        ranked = experts[torch.argsort(counts, descending=True, stable=True)].tolist()
+        return tuple(ranked), len(ranked)
+    chosen = index[0].tolist()
+    if num_extra and output.logits is not None:
+        logits = output.logits.reshape(-1)
+        best = torch.topk(logits, min(len(chosen) + num_extra, logits.numel())).indices.tolist()
+        rest = [expert for expert in best if expert not in set(chosen)][:num_extra]
+        return tuple(chosen + rest), len(chosen)
+    return tuple(chosen), len(chosen)

@@ -1,0 +1,1 @@
+"""Decisions: what to prefetch and when prefetching pays."""

@@ -1,0 +1,1 @@
+"""Routing recorded, and replayed."""

@@ -1,0 +1,196 @@
+"""The words every other module speaks. No torch, no behaviour beyond arithmetic on itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "ExpertKey",
+    "ExpertPlan",
+    "ExpertTensor",
+    "Lookup",
+    "ModelSpec",
+    "Prediction",
+    "Predictor",
+    "Priority",
+    "RouterOutput",
+    "RoutingEvent",
+    "Span",
+    "Tier",
+]
+
+
+class ExpertKey(NamedTuple):
+    """Name one expert: `layer` counts MoE layers from 0, `expert` counts within the layer."""
+
+    layer: int
+    expert: int
+
+
+class RouterOutput(NamedTuple):
+    """What a router answers.
+
+    `top_k_index` (T, K) int64, `top_k_weights` (T, K) or None, `logits` (T, E) or None: whatever
+    score the router ranks by, the larger the likelier.
+    """
+
+    top_k_index: Tensor
+    top_k_weights: Tensor | None
+    logits: Tensor | None
+
+
+class RoutingEvent(NamedTuple):
+    """The true routing at one MoE layer of one forward, as a predictor sees it.
+
+    `step` counts forwards since the engine was made, `residual` is the stream entering the MoE
+    block's norm, (..., H), or None where it could not be observed.
+    """
+
+    step: int
+    layer: int
+    residual: Tensor | None
+    top_k_index: Tensor
+    top_k_weights: Tensor
+
+
+class Prediction(NamedTuple):
+    """Experts that MoE layer `layer` is expected to want, likeliest first.
+
+    `distance` counts MoE layers from the one the guess was made at. `num_expected` says how many
+    of them would be demanded if the guess were right.
+    """
+
+    layer: int
+    distance: int
+    experts: tuple[int, ...]
+    num_expected: int
+
+
+class Predictor(Protocol):
+    """Guesses the routing of coming layers; moves nothing and executes nothing."""
+
+    @property
+    def name(self) -> str:
+        """Give the name that settings and tables use."""
+
+    def predict(self, event: RoutingEvent) -> list[Prediction]:
+        """Guess the coming layers' experts; an empty list where there is nothing to say."""
+
+
+class Tier(Enum):
+    """Where an expert's bytes lie, slowest first."""
+
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class Lookup(Enum):
+    """How the cache answers: readable, on its way, or absent."""
+
+    HIT = "hit"
+    PENDING = "pending"
+    MISS = "miss"
+
+
+class Priority(IntEnum):
+    """Order of copies; the smaller goes first."""
+
+    DEMAND = 0
+    PREFETCH = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A range of bytes in a checkpoint file, `offset` counted from the file's start."""
+
+    path: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensor:
+    """One parameter of one expert, as the experts forward wants it.
+
+    Attributes:
+        name: Parameter name in transformers' experts module, such as `gate_up_proj`.
+        dtype: torch's name of the element type, such as `bfloat16`.
+        shape: Shape without the experts dimension.
+        num_bytes: Size of the tensor.
+        span: Index of the span that holds the tensor, or -1 where `ExpertPlan.convert` makes it.
+        start: Where in that span its bytes begin.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    span: int = -1
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlan:
+    """How to bring one expert from the checkpoint into memory.
+
+    Where `convert` is None every tensor's bytes lie whole and in order inside one span, and the
+    spans are read straight into the slot. Otherwise the spans are read into scratch memory and
+    `convert` turns them into the tensors (dequantised, transposed, cast, interleaved...).
+
+    Attributes:
+        spans: Byte ranges to read; ranges adjacent in a file are already merged.
+        tensors: The expert's parameters.
+        convert: Maps one uint8 tensor per span to the parameters by name. Called on worker threads.
+    """
+
+    spans: tuple[Span, ...]
+    tensors: tuple[ExpertTensor, ...]
+    convert: Callable[[list[Any]], Mapping[str, Any]] | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Give the bytes that travel from the disk for this expert."""
+        return sum(span.num_bytes for span in self.spans)
+
+    @property
+    def num_bytes(self) -> int:
+        """Give the bytes of the expert's parameters in memory."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The numbers about a model that memory and scheduling decide by.
+
+    Attributes:
+        architecture: transformers' class name, such as `Qwen3MoeForCausalLM`.
+        model_type: transformers' short name, such as `qwen3_moe`.
+        num_moe_layers: L, decoder layers that have experts.
+        num_experts: E, the most experts in a layer.
+        top_k: K, experts per token and layer.
+        hidden_size: H.
+        expert_bytes: Bytes of the largest expert in memory.
+        total_expert_bytes: Bytes of all experts in memory.
+        dense_bytes: Bytes of everything else in memory.
+        dtype: torch's name of the element type, such as `bfloat16`.
+        identity: Hex digest of the checkpoint's configuration and headers.
+    """
+
+    architecture: str
+    model_type: str
+    num_moe_layers: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_bytes: int
+    total_expert_bytes: int
+    dense_bytes: int
+    dtype: str
+    identity: str

@@ -1,0 +1,87 @@
+"""Every architecture transformers can run gives the same logits, bit for bit, with foreload.
+
+The reference holds all experts in memory and runs them eagerly. The engine reads them from
+the same checkpoint into half the memory. Equal means `torch.equal`: there is no tolerance.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import zoo
+from foreload import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+DECODE_STEPS = 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module", params=zoo.buildable_architectures())
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> zoo.TinyCheckpoint:
+    """One architecture's checkpoint, written once for both dtypes."""
+    return zoo.save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_are_equal_bit_for_bit(checkpoint: zoo.TinyCheckpoint, dtype: str) -> None:
+    reference = checkpoint.load_reference(DTYPES[dtype])
+    expected = list(prefill_and_decode(reference, checkpoint))
+    del reference
+    with Engine.from_pretrained(
+        checkpoint.path, expert_memory="50%", predictor="lookahead", dtype=dtype
+    ) as engine:
+        for step, logits in enumerate(prefill_and_decode(engine.model, checkpoint)):
+            assert logits.dtype == expected[step].dtype
+            assert torch.equal(logits, expected[step]), describe(logits, expected[step], step)
+
+
+def prefill_and_decode(
+    model: PreTrainedModel, checkpoint: zoo.TinyCheckpoint
+) -> Iterator[torch.Tensor]:
+    """Yield the logits of the prompt and, where there is a cache, of each token after it.
+
+    The tokens are fixed instead of generated: one wrong logit must not change what follows.
+    """
+    cached = uses_cache(checkpoint)
+    asked = {"use_cache": True} if cached else {}
+    with torch.no_grad():
+        output = model(input_ids=checkpoint.input_ids, **checkpoint.extra_inputs, **asked)
+        yield output.logits
+        if not cached:
+            return
+        assert output.past_key_values is not None
+        length = checkpoint.input_ids.shape[1]
+        for step in range(DECODE_STEPS):
+            output = model(
+                input_ids=torch.tensor([[11 + 5 * step]]),
+                attention_mask=torch.ones(1, length + step + 1, dtype=torch.long),
+                past_key_values=output.past_key_values,
+                **checkpoint.extra_inputs,
+                **asked,
+            )
+            yield output.logits
+
+
+def uses_cache(checkpoint: zoo.TinyCheckpoint) -> bool:
+    """Tell whether the architecture's forward takes a cache of keys and values."""
+    return "past_key_values" in inspect.signature(checkpoint.model_class.forward).parameters
+
+
+def describe(actual: torch.Tensor, expected: torch.Tensor, step: int) -> str:
+    """Say where and how far two logits are apart."""
+    where = "prefill" if step == 0 else f"decode step {step}"
+    if actual.shape != expected.shape:
+        return f"{where}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    difference = (actual.float() - expected.float()).abs()
+    unequal = int((actual != expected).sum())
+    return f"{where}: {unequal} of {expected.numel()} differ, by up to {difference.max():.1e}"
