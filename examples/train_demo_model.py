@@ -20,11 +20,13 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
+import datetime
 import math
 import os
 import shutil
+import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,308 +37,52 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from demo_network import ModelShape, RouterLoss, forward
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-ROW_MULTIPLE = 64  # rows of an expert are padded to this: few shapes for the matrix kernels
-ATTENTION_BLOCK = 128
-LOSS_ROWS = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelShape:
-    """Dimensions of the model."""
-
-    vocab: int = 4096
-    hidden: int = 256
-    layers: int = 8
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
-    experts: int = 32
-    top_k: int = 4
-    expert_hidden: int = 128
-    context: int = 1024
-    rope_theta: float = 10000.0
-    eps: float = 1e-6
-
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every parameter under its name in transformers."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab, self.hidden),
-            "model.norm.weight": (self.hidden,),
-        }
-        for layer in range(self.layers):
-            local = {
-                "input_layernorm.weight": (self.hidden,),
-                "self_attn.q_proj.weight": (query, self.hidden),
-                "self_attn.k_proj.weight": (key, self.hidden),
-                "self_attn.v_proj.weight": (key, self.hidden),
-                "self_attn.o_proj.weight": (self.hidden, query),
-                "self_attn.q_norm.weight": (self.head_dim,),
-                "self_attn.k_norm.weight": (self.head_dim,),
-                "post_attention_layernorm.weight": (self.hidden,),
-                "mlp.gate.weight": (self.experts, self.hidden),
-                "mlp.experts.gate_up_proj": (self.experts, 2 * self.expert_hidden, self.hidden),
-                "mlp.experts.down_proj": (self.experts, self.hidden, self.expert_hidden),
-            }
-            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in local.items()}
-        return shapes
+HERE = "examples/train_demo_model.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything about the optimization that is not a dimension of the model."""
+    """Everything about the optimization that is not a dimension of the model.
+
+    Attributes:
+        batch_tokens: Tokens per step, all processes together.
+        short: Sequence length at first.
+        long_from: Share of the run after which sequences have the model's full context.
+        warmup_steps: Steps until the learning rates have their full value.
+        decay_from: Share of the run after which the learning rates fall linearly to zero.
+        muon_lr: Of the matrices.
+        adam_lr: Of the embedding and the norms.
+        router_lr: Of the routers, by AdamW too.
+        weight_decay: Relative to the learning rate; not for norms.
+        router: Weights of the router losses.
+        seed: Seed of the weights and of the order of the data.
+    """
 
     batch_tokens: int = 8192
     short: int = 512
-    long_from: float = 0.7  # share of the run after which sequences have the full context
+    long_from: float = 0.7
     warmup_steps: int = 60
     decay_from: float = 0.5
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     router_lr: float = 4e-3
     weight_decay: float = 0.1
-    balance_weight: float = 0.02
-    diversity_weight: float = 0.01
-    entropy_weight: float = 0.02
-    entropy_target: float = 1.7
-    z_weight: float = 1e-4
+    router: RouterLoss = RouterLoss()
     seed: int = 0
 
 
-# --- model --------------------------------------------------------------------------------------
-
-
-def _fused(function):
-    """Compiles a function of fixed shapes, unless FORELOAD_EAGER is set."""
-    return function if os.environ.get("FORELOAD_EAGER") else torch.compile(function, dynamic=False)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
-
-
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attends block of queries by block of queries, each to the keys up to its end."""
-    length, out = q.shape[1], []
-    for start in range(0, length, ATTENTION_BLOCK):
-        end = min(start + ATTENTION_BLOCK, length)
-        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2)).float()
-        rows = torch.arange(start, end, device=q.device)[:, None]
-        scores = scores.masked_fill(torch.arange(end, device=q.device) > rows, -1e30)
-        out.append(torch.bmm(scores.softmax(-1).to(q.dtype), v[:, :end]))
-    return torch.cat(out, 1)
-
-
-@_fused
-def _attention_block(
-    x: Tensor, weights: list[Tensor], cos: Tensor, sin: Tensor, batch: int, dims: tuple
-) -> Tensor:
-    """Adds a layer's attention to the residual stream (rows of all sequences, hidden)."""
-    norm, wq, wk, wv, wo, q_norm, k_norm = weights
-    heads, kv_heads, head_dim, eps = dims
-    h = _rms_norm(x, norm, eps)
-
-    def split(y: Tensor, count: int) -> Tensor:
-        return y.view(batch, -1, count, head_dim)
-
-    q = _rotate(_rms_norm(split(F.linear(h, wq), heads), q_norm, eps).transpose(1, 2), cos, sin)
-    k = _rotate(_rms_norm(split(F.linear(h, wk), kv_heads), k_norm, eps).transpose(1, 2), cos, sin)
-    v = split(F.linear(h, wv), kv_heads).transpose(1, 2)
-    k, v = (y.repeat_interleave(heads // kv_heads, 1).flatten(0, 1) for y in (k, v))
-    out = _causal_attention((q * head_dim**-0.5).flatten(0, 1), k, v)
-    out = out.view(batch, heads, -1, head_dim).transpose(1, 2).reshape(x.shape[0], -1)
-    return x + F.linear(out, wo)
-
-
-@_fused
-def _router_block(x: Tensor, norm: Tensor, gate: Tensor, top_k: int, eps: float):
-    """Normalizes the stream and chooses experts.
-
-    Returns:
-        The normalized stream, weights and ids of the chosen experts, and the router's measures: its
-        mean entropy per token, the entropy of its mean, the balance loss, the mean squared
-        logsumexp and the load of every expert relative to the mean.
-    """
-    h = _rms_norm(x, norm, eps)
-    logits = F.linear(h, gate).float()
-    log_probs = logits.log_softmax(-1)
-    probs = log_probs.exp()
-    weights, chosen = probs.topk(top_k, -1)
-    weights = weights / weights.sum(-1, keepdim=True)
-    experts = gate.shape[0]
-    load = F.one_hot(chosen, experts).sum((0, 1)).float() * (experts / chosen.numel())
-    mean = probs.mean(0)
-    per_token = -(probs * log_probs).sum(-1).mean()
-    of_mean = -(mean * (mean + 1e-9).log()).sum()
-    balance = (load.detach() * mean).sum()
-    z = logits.logsumexp(-1).pow(2).mean()
-    return h, weights.to(x.dtype), chosen, per_token, of_mean, balance, z, load.detach()
-
-
-def _swiglu(h: Tensor) -> Tensor:
-    gate, up = h.float().chunk(2, -1)
-    return (F.silu(gate) * up).to(h.dtype)
-
-
-def _swiglu_backward(grad: Tensor, h: Tensor) -> Tensor:
-    gate, up = h.float().chunk(2, -1)
-    grad = grad.float()
-    sigmoid = gate.sigmoid()
-    d_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([d_gate, grad * gate * sigmoid], -1).to(h.dtype)
-
-
-def _weighted_sum(parts: Tensor, weights: Tensor) -> Tensor:
-    return (parts.float() * weights.float().unsqueeze(-1)).sum(1).to(parts.dtype)
-
-
-def _weighted_sum_backward(grad: Tensor, parts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    wide = grad.float()
-    d_weights = (wide * parts.float()).sum(-1).to(weights.dtype)
-    return d_weights, (wide * weights.float().unsqueeze(-1)).to(grad.dtype)
-
-
-if not os.environ.get("FORELOAD_EAGER"):  # the number of rows varies here
-    _swiglu = torch.compile(_swiglu, dynamic=True)
-    _swiglu_backward = torch.compile(_swiglu_backward, dynamic=True)
-    _weighted_sum = torch.compile(_weighted_sum, dynamic=True)
-    _weighted_sum_backward = torch.compile(_weighted_sum_backward, dynamic=True)
-
-
-class _Experts(torch.autograd.Function):
-    """The feed-forward experts, each applied to the rows routed to it; no row is dropped.
-
-    Rows are sorted by expert, and every expert's run is padded to a multiple of ROW_MULTIPLE by
-    rows of weight zero.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weights, chosen, gate_up, down):
-        rows, top_k = chosen.shape
-        flat = chosen.reshape(-1)
-        order = torch.argsort(flat)
-        counts = torch.bincount(flat, minlength=gate_up.shape[0])
-        padded = (counts + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-        shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-        ends = padded.cumsum(0).tolist()
-        slots = torch.arange(rows * top_k, device=x.device) + shift[flat[order]]
-        row_of_slot = torch.zeros(ends[-1], dtype=torch.long, device=x.device)
-        row_of_slot[slots] = order // top_k
-        slot_weights = weights.new_zeros(ends[-1])
-        slot_weights[slots] = weights.reshape(-1)[order]
-        slot_of_pair = torch.empty_like(order)
-        slot_of_pair[order] = slots
-
-        spans = [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends)) if b > a]
-        xs = x.index_select(0, row_of_slot)
-        h = x.new_empty(ends[-1], gate_up.shape[1])
-        y = torch.empty_like(xs)
-        for e, a, b in spans:
-            torch.mm(xs[a:b], gate_up[e].t(), out=h[a:b])
-        act = _swiglu(h)
-        for e, a, b in spans:
-            torch.mm(act[a:b], down[e].t(), out=y[a:b])
-        ctx.save_for_backward(xs, h, act, y, row_of_slot, slot_weights, slot_of_pair, gate_up, down)
-        ctx.spans, ctx.pairs = spans, (rows, top_k)
-        return _weighted_sum(y.index_select(0, slot_of_pair).view(rows, top_k, -1), weights)
-
-    @staticmethod
-    def backward(ctx, grad):
-        xs, h, act, y, row_of_slot, slot_weights, slot_of_pair, gate_up, down = ctx.saved_tensors
-        d_weights, dy = _weighted_sum_backward(grad.index_select(0, row_of_slot), y, slot_weights)
-        d_act, dxs = torch.empty_like(act), torch.empty_like(xs)
-        d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-        for e, a, b in ctx.spans:
-            torch.mm(dy[a:b], down[e], out=d_act[a:b])
-            torch.mm(dy[a:b].t(), act[a:b], out=d_down[e])
-        dh = _swiglu_backward(d_act, h)
-        for e, a, b in ctx.spans:
-            torch.mm(dh[a:b], gate_up[e], out=dxs[a:b])
-            torch.mm(dh[a:b].t(), xs[a:b], out=d_gate_up[e])
-        dx = dxs.index_select(0, slot_of_pair).view(*ctx.pairs, -1)
-        dx = _weighted_sum(dx, torch.ones(ctx.pairs, dtype=dx.dtype, device=dx.device))
-        d_weights = d_weights.index_select(0, slot_of_pair).view(ctx.pairs)
-        return dx, d_weights, None, d_gate_up, d_down
-
-
-@_fused
-def _loss_sum(x: Tensor, norm: Tensor, head: Tensor, targets: Tensor, eps: float) -> Tensor:
-    logits = F.linear(_rms_norm(x, norm, eps), head)
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
-
-
-def rotary_tables(shape: ModelShape, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the cosines and sines of the rotary embedding, (length, head_dim) in bfloat16."""
-    exponent = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
-    angles = torch.outer(torch.arange(length).float(), shape.rope_theta**-exponent).repeat(1, 2)
-    return angles.cos().to(device, torch.bfloat16), angles.sin().to(device, torch.bfloat16)
-
-
-def forward(
-    shape: ModelShape, recipe: Recipe, weights: dict[str, Tensor], ids: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the model.
-
-    Args:
-        shape: Dimensions.
-        recipe: Weights of the router losses.
-        weights: Parameters under their names in transformers.
-        ids: Token ids, (sequences, length).
-        targets: The ids one position later.
-
-    Returns:
-        The mean loss, the router loss and the routers' measures, per layer: mean entropy per token,
-        entropy of the mean, then the relative load of every expert.
-    """
-    batch, length = ids.shape
-    cos, sin = rotary_tables(shape, length, ids.device)
-    dims = (shape.heads, shape.kv_heads, shape.head_dim, shape.eps)
-    x = F.embedding(ids, weights["model.embed_tokens.weight"]).flatten(0, 1)
-    router_loss = torch.zeros((), device=x.device)
-    measures = []
-    attention = "input_layernorm|self_attn.q_proj|self_attn.k_proj|self_attn.v_proj|" \
-        "self_attn.o_proj|self_attn.q_norm|self_attn.k_norm".split("|")
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}."
-        own = [weights[f"{prefix}{name}.weight"] for name in attention]
-        x = _attention_block(x, own, cos, sin, batch, dims)
-        norm = weights[prefix + "post_attention_layernorm.weight"]
-        gate = weights[prefix + "mlp.gate.weight"]
-        h, mix, chosen, entropy, mean_entropy, balance, z, load = _router_block(
-            x, norm, gate, shape.top_k, shape.eps
-        )
-        router_loss = (
-            router_loss
-            + recipe.entropy_weight * F.relu(entropy - recipe.entropy_target)
-            + recipe.diversity_weight * (math.log(shape.experts) - mean_entropy)
-            + recipe.balance_weight * balance
-            + recipe.z_weight * z
-        )
-        measures.append(torch.cat([torch.stack([entropy, mean_entropy]).detach(), load]))
-        experts = [weights[f"{prefix}mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj")]
-        x = x + _Experts.apply(h, mix, chosen, *experts)
-    norm, head = weights["model.norm.weight"], weights["model.embed_tokens.weight"]
-    flat = targets.flatten()
-    loss = torch.zeros((), device=x.device)
-    for start in range(0, len(flat), LOSS_ROWS):
-        part = slice(start, start + LOSS_ROWS)
-        loss = loss + _loss_sum(x[part], norm, head, flat[part], shape.eps)
-    return loss / len(flat), router_loss / shape.layers, torch.stack(measures)
-
-
-# --- optimization -------------------------------------------------------------------------------
-
-
-@_fused
+@torch.compile(dynamic=False)
 def _momentum(grads: list[Tensor], state: Tensor) -> Tensor:
     """Averages the processes' gradients into the momentum; returns the Nesterov direction."""
     grad = sum(g.float() for g in grads) / len(grads)
@@ -344,7 +90,7 @@ def _momentum(grads: list[Tensor], state: Tensor) -> Tensor:
     return (grad * 0.05 + state * 0.95).bfloat16()
 
 
-@_fused
+@torch.compile(dynamic=False)
 def _step(master: Tensor, weight: Tensor, update: Tensor, keep: Tensor, scale: Tensor) -> None:
     master.mul_(keep).add_(update.float() * scale)
     weight.copy_(master)
@@ -539,6 +285,7 @@ class Job:
         seconds: Wall time to spend, the time before an interruption included.
         checkpoint_every: Seconds between checkpoints and between held-out measurements.
         resume: Whether to go on from the last checkpoint.
+        eager: Whether to do without compilation.
     """
 
     shape: ModelShape
@@ -549,6 +296,12 @@ class Job:
     seconds: float
     checkpoint_every: float
     resume: bool
+    eager: bool
+
+
+def _shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits sequences into inputs and targets."""
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def held_out_loss(job: Job, weights: dict[str, Tensor], rank: int) -> float:
@@ -562,13 +315,16 @@ def held_out_loss(job: Job, weights: dict[str, Tensor], rank: int) -> float:
         cut = np.stack([stream[s : s + length + 1] for s in group])
         ids = torch.from_numpy(cut).to(job.device)
         with torch.no_grad():
-            total += float(forward(job.shape, job.recipe, weights, ids[:, :-1], ids[:, 1:])[0])
+            total += float(forward(job.shape, job.recipe.router, weights, *_shifted(ids))[0])
     return total / groups
 
 
 def _train_process(rank: int, job: Job, flat: Tensor, flat_grads: list[Tensor], board: Tensor, gate):
     """One training process; `board` holds elapsed seconds, then losses, then held-out losses."""
-    torch.set_num_threads(1 if job.world > 1 else torch.get_num_threads())
+    if job.world > 1:
+        torch.set_num_threads(1)
+    if job.eager:
+        torch.compiler.set_stance("force_eager")
     shape, recipe, world = job.shape, job.recipe, job.world
     weights = _views(shape, flat)
     grads = [_views(shape, g) for g in flat_grads]
@@ -593,9 +349,7 @@ def _train_process(rank: int, job: Job, flat: Tensor, flat_grads: list[Tensor], 
         sequences = recipe.batch_tokens // length
         batch = torch.from_numpy(sampler.next(sequences, length)[rank::world]).to(job.device)
         flat_grads[rank].zero_()
-        loss, router_loss, measures = forward(
-            shape, recipe, leaves, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        )
+        loss, router_loss, measures = forward(shape, recipe.router, leaves, *_shifted(batch))
         (loss + router_loss).backward()
         board[1 + rank] = float(loss.detach())
         if rank == 0:
@@ -684,25 +438,312 @@ class _NoGate:
         """Returns at once."""
 
 
-def main() -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=80.0)
-    parser.add_argument("--work", type=Path, default=Path("build/train"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
-    work = args.work
+# --- export -------------------------------------------------------------------------------------
+
+
+def trained_weights(work: Path) -> dict[str, Tensor]:
+    """Returns the parameters of the last checkpoint, float32."""
+    folder = work / (work / "last.txt").read_text()
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.pt")):
+        states = torch.load(path, map_location="cpu", weights_only=True)["optimizer"]
+        weights |= {name: state[0] for name, state in states.items()}
+    return weights
+
+
+def save_model(
+    shape: ModelShape, recipe: Recipe, weights: dict[str, Tensor], tokenizer: Tokenizer, out: Path
+) -> None:
+    """Writes a checkpoint that transformers loads.
+
+    Args:
+        shape: Dimensions.
+        recipe: Its balance weight is noted in the configuration.
+        weights: Parameters by name.
+        tokenizer: The tokenizer.
+        out: Directory to write to.
+    """
+    config = Qwen3MoeConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=4 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.context,
+        rms_norm_eps=shape.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=True,
+        moe_intermediate_size=shape.expert_hidden,
+        num_experts_per_tok=shape.top_k,
+        num_experts=shape.experts,
+        norm_topk_prob=True,
+        router_aux_loss_coef=recipe.router.balance,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    wrong = model.load_state_dict(weights, strict=False)
+    if wrong.unexpected_keys or wrong.missing_keys not in ([], ["lm_head.weight"]):
+        raise ValueError(f"parameters do not match the architecture: {wrong}")
+    model.tie_weights()
+    model.to(torch.bfloat16).save_pretrained(out)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=demo_corpus.END_OF_TEXT,
+        eos_token=demo_corpus.END_OF_TEXT,
+        pad_token=demo_corpus.PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=shape.context,
+    ).save_pretrained(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """How a checkpoint does on a text, in float32.
+
+    Attributes:
+        loss: Mean loss per token, in nats.
+        bits_per_byte: The same per byte of text.
+        entropy: Mean entropy of the router's choice, in nats, by layer.
+        imbalance: Load of the most used expert relative to the mean, by layer.
+        least: Load of the least used expert relative to the mean, by layer.
+    """
+
+    loss: float
+    bits_per_byte: float
+    entropy: list[float]
+    imbalance: list[float]
+    least: list[float]
+
+
+@torch.no_grad()
+def measure(directory: Path, text: str, window: int) -> Measurement:
+    """Measures a saved checkpoint under transformers.
+
+    Args:
+        directory: The checkpoint.
+        text: Text to predict, in windows that know nothing of each other.
+        window: Tokens of a window.
+
+    Returns:
+        What was measured.
+    """
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = torch.tensor([0, *AutoTokenizer.from_pretrained(directory)(text)["input_ids"]])
+    experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+    layers = model.config.num_hidden_layers
+    entropy, load = torch.zeros(layers), torch.zeros(layers, experts)
+    total, count = 0.0, len(ids) - 1
+    for start in range(0, count, window):
+        part = ids[start : start + window + 1]
+        out = model(part[None, :-1], output_router_logits=True)
+        total += float(F.cross_entropy(out.logits[0], part[1:], reduction="sum"))
+        for layer, logits in enumerate(out.router_logits):
+            log_probs = logits.float().log_softmax(-1)
+            entropy[layer] -= (log_probs.exp() * log_probs).sum()
+            load[layer] += torch.bincount(log_probs.topk(top_k).indices.flatten(), minlength=experts)
+    load *= experts / (count * top_k)
+    return Measurement(
+        total / count,
+        total / math.log(2) / len(text.encode()),
+        (entropy / count).tolist(),
+        load.amax(1).tolist(),
+        load.amin(1).tolist(),
+    )
+
+
+@torch.no_grad()
+def continuation(directory: Path, prompt: str, tokens: int = 100) -> str:
+    """Returns a prompt and its greedy continuation."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = torch.tensor([[0, *tokenizer(prompt)["input_ids"]]])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+    )
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def model_card(job: Job, out: Path, machine: str) -> str:
+    """Measures the exported model on held_out.txt and writes its card.
+
+    Args:
+        job: The training that produced it.
+        out: The exported model, the held-out text and the log next to it.
+        machine: The kind of machine it was trained on.
+
+    Returns:
+        The card, Markdown.
+    """
+    shape, recipe = job.shape, job.recipe
+    text = (out / "held_out.txt").read_text(encoding="utf-8")
+    short, full = (measure(out, text, window) for window in (recipe.short, shape.context))
+    with (out / "training_log.csv").open(newline="") as file:
+        log = [row for row in csv.DictReader(file) if row["held_out_loss"]][-1]
+    layers = range(shape.layers)
+    modules = ", ".join(f"`{name}`" for name in demo_corpus.HELD_OUT)
+    return f"""---
+license: psf-2.0
+language: code
+tags: [qwen3_moe, demo]
+---
+# Demo model of Python source
+
+A Mixture-of-Experts language model, small enough to ship and real enough to show what streaming
+experts does: it has learnt to write Python, and its routers make decisions. It is of no other use.
+
+* Architecture: Qwen3-MoE, {shape.layers} layers, hidden size {shape.hidden}, {shape.experts}
+  experts of width {shape.expert_hidden}, {shape.top_k} per token, {shape.heads} query and
+  {shape.kv_heads} key heads of {shape.head_dim}, tied embeddings, context {shape.context}; bfloat16.
+* Tokenizer: byte-level BPE of {shape.vocab} tokens, trained on the training text.
+* Trained on {datetime.date.today():%d %B %Y}: {int(log["tokens"]) / 1e6:.1f} million tokens in
+  {int(log["step"])} steps and {int(log["seconds"]) / 60:.0f} minutes on {machine}.
+
+## Data and licence
+
+The sources of the standard library of Python {sysconfig.get_python_version()}, its tests included,
+and nothing else. Files that carry a licence of their own, generated files, data tables and
+near-duplicates were left out. The text is under the PSF License Version 2 (see `LICENSE-python.txt`;
+Copyright (c) 2001 and later, Python Software Foundation; All Rights Reserved), and so are the
+excerpts here: `held_out.txt` from held-out modules and `calibration.txt` from training modules.
+
+Held out, together with their tests: {modules}.
+
+## Measurements on `held_out.txt`
+
+In float32 under transformers; windows are independent of each other.
+
+| window | loss, nats per token | bits per byte |
+| --- | --- | --- |
+| {recipe.short} | {short.loss:.3f} | {short.bits_per_byte:.3f} |
+| {shape.context} | {full.loss:.3f} | {full.bits_per_byte:.3f} |
+
+During training, on a sample of all held-out files: {float(log["held_out_loss"]):.3f} nats per token.
+Routers, per layer (entropy of the choice per token in nats, of at most
+{math.log(shape.experts):.2f}; load of the most and of the least used expert relative to the mean):
+
+{_row(["layer", *map(str, layers)])}
+{_row(["---"] * (shape.layers + 1))}
+{_row(["entropy", *(f"{full.entropy[i]:.2f}" for i in layers)])}
+{_row(["most used", *(f"{full.imbalance[i]:.2f}" for i in layers)])}
+{_row(["least used", *(f"{full.least[i]:.2f}" for i in layers)])}
+
+## Recipe
+
+`{HERE}` made every file here. Muon for the matrices (learning rate {recipe.muon_lr}), AdamW for the
+embedding and norms ({recipe.adam_lr}) and the routers ({recipe.router_lr}), weight decay
+{recipe.weight_decay}; {recipe.batch_tokens} tokens per step; {recipe.warmup_steps} steps of warm-up,
+linear decay over the last {1 - recipe.decay_from:.0%} of the time; sequences of {recipe.short}
+tokens, of {shape.context} in the last {1 - recipe.long_from:.0%} of the time. The routers' losses:
+load balance ({recipe.router.balance}), entropy of the mean choice ({recipe.router.diversity}),
+entropy per token above {recipe.router.entropy_target} nats ({recipe.router.entropy}), squared
+logsumexp ({recipe.router.z}). `training_log.csv` has the course of it.
+
+A greedy continuation:
+
+```python
+{continuation(out, "def read_file(path):")}
+```
+"""
+
+
+def export(
+    job: Job, corpus: demo_corpus.Corpus, tokenizer: Tokenizer, out: Path, machine: str
+) -> None:
+    """Writes the model, its card and the texts that go with it.
+
+    Args:
+        job: The finished training.
+        corpus: Its corpus.
+        tokenizer: Its tokenizer.
+        out: Directory to write to.
+        machine: The kind of machine it was trained on.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    save_model(job.shape, job.recipe, trained_weights(job.work), tokenizer, out)
+    shutil.copyfile(job.work / "training_log.csv", out / "training_log.csv")
+    licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    if licence.exists():
+        shutil.copyfile(licence, out / "LICENSE-python.txt")
+    held_out = demo_corpus.interleaved(corpus.held_out, 2000, 50_000)
+    demo_corpus.write_sample(out / "held_out.txt", held_out, 190_000)
+    calibration = [d for d in corpus.train if 2000 <= len(d.text) <= 12_000]
+    demo_corpus.write_sample(out / "calibration.txt", calibration, 145_000)
+    (out / "README.md").write_text(model_card(job, out, machine), encoding="utf-8")
+
+
+def prepare(
+    source: Path | None, work: Path, vocab: int, reuse: bool
+) -> tuple[demo_corpus.Corpus, Tokenizer]:
+    """Reads the corpus and writes the token streams to the work directory.
+
+    Args:
+        source: Directory of sources; the standard library if None.
+        work: Where to write.
+        vocab: Size of the vocabulary.
+        reuse: Whether to keep a tokenizer that is there already.
+
+    Returns:
+        The corpus and the tokenizer.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    corpus = demo_corpus.collect()
-    tk = demo_corpus.train_tokenizer((d.text for d in corpus.train), 4096)
-    tk.save(str(work / "tokenizer.json"))
-    a = demo_corpus.encode(tk, corpus.train); a.tofile(work / "train.bin")
-    b = demo_corpus.encode(tk, corpus.held_out); b.tofile(work / "held_out.bin")
-    print(len(corpus.train), len(a), len(corpus.held_out), len(b), sum(len(d.text) for d in corpus.train)/len(a), flush=True)
+    corpus = demo_corpus.collect(source)
+    saved = work / "tokenizer.json"
+    if reuse and saved.exists():
+        tokenizer = Tokenizer.from_file(str(saved))
+    else:
+        texts = (document.text for document in corpus.train)
+        tokenizer = demo_corpus.train_tokenizer(texts, vocab)
+        tokenizer.save(str(saved))
+    for name, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
+        demo_corpus.encode(tokenizer, documents).tofile(work / f"{name}.bin")
+    return corpus, tokenizer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        arguments: Its arguments; those of the process if None.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory of the finished model")
+    parser.add_argument("--work", type=Path, default=Path("build/train"), help="for checkpoints")
+    parser.add_argument("--source", type=Path, help="directory of Python sources to train on")
+    parser.add_argument("--minutes", type=float, default=78.0, help="wall time of the training")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--machine", default="one machine", help="its kind, for the model card")
+    args = parser.parse_args(arguments)
+
+    shape, recipe = ModelShape(), Recipe()
     cuda = torch.cuda.is_available()
-    recipe = Recipe()
-    train(Job(ModelShape(), recipe, work, 1 if cuda else 2, "cuda" if cuda else "cpu", args.minutes * 60, float(os.environ.get('CK', 300)), args.resume))
+    if args.smoke:
+        shape = ModelShape(512, 32, 2, 2, 1, 16, 4, 2, 16, 128)
+        recipe = Recipe(batch_tokens=512, short=64, warmup_steps=5)
+    elif cuda:
+        recipe = dataclasses.replace(recipe, batch_tokens=4 * recipe.batch_tokens)
+    job = Job(
+        shape=shape,
+        recipe=recipe,
+        work=args.work,
+        world=1 if cuda else 2,
+        device="cuda" if cuda else "cpu",
+        seconds=60 * args.minutes,
+        checkpoint_every=300.0,
+        resume=args.resume,
+        eager=args.smoke,
+    )
+    corpus, tokenizer = prepare(args.source, args.work, shape.vocab, args.resume)
+    train(job)
+    export(job, corpus, tokenizer, args.out, args.machine)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,10 @@ TINY_OVERRIDES: dict[str, dict[str, Any]] = {
         "mtp_layers_block_type": [],
         "use_mamba_kernels": False,
     },
+    "qwen3_omni_moe": {  # read while decoding, and without a default
+        "vision_start_token_id": VOCABULARY - 2,
+        "audio_start_token_id": VOCABULARY - 3,
+    },
     "qwen4_exp": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,

@@ -49,11 +49,7 @@ def parse_size(text: str | int, *, whole_bytes: int, setting: str) -> int:
         value = text
     elif isinstance(text, str) and (match := _PERCENT.fullmatch(text)):
         value = int(float(match[1]) / 100 * whole_bytes)
-    elif (
-        isinstance(text, str)
-        and (match := _SIZE.fullmatch(text))
-        and match[2].lower() in _UNITS
-    ):
+    elif isinstance(text, str) and (match := _SIZE.fullmatch(text)) and match[2].lower() in _UNITS:
         value = int(float(match[1]) * _UNITS[match[2].lower()])
     else:
         raise ConfigError(

@@ -40,9 +40,10 @@ def test_logits_are_equal_bit_for_bit(checkpoint: zoo.TinyCheckpoint, dtype: str
     with Engine.from_pretrained(
         checkpoint.path, expert_memory="50%", predictor="lookahead", dtype=dtype
     ) as engine:
-        for step, logits in enumerate(prefill_and_decode(engine.model, checkpoint)):
-            assert logits.dtype == expected[step].dtype
-            assert torch.equal(logits, expected[step]), describe(logits, expected[step], step)
+        actual = prefill_and_decode(engine.model, checkpoint)
+        for step, (logits, wanted) in enumerate(zip(actual, expected, strict=True)):
+            assert logits.dtype == wanted.dtype
+            assert torch.equal(logits, wanted), describe(logits, wanted, step)
 
 
 def prefill_and_decode(
@@ -52,29 +53,21 @@ def prefill_and_decode(
 
     The tokens are fixed instead of generated: one wrong logit must not change what follows.
     """
-    cached = uses_cache(checkpoint)
-    asked = {"use_cache": True} if cached else {}
+    parameters = inspect.signature(checkpoint.model_class.forward).parameters
+    asked = {"use_cache": True} if "past_key_values" in parameters else {}
     with torch.no_grad():
         output = model(input_ids=checkpoint.input_ids, **checkpoint.extra_inputs, **asked)
         yield output.logits
-        if not cached:
+        if output.get("past_key_values") is None:
             return
-        assert output.past_key_values is not None
-        length = checkpoint.input_ids.shape[1]
         for step in range(DECODE_STEPS):
             output = model(
                 input_ids=torch.tensor([[11 + 5 * step]]),
-                attention_mask=torch.ones(1, length + step + 1, dtype=torch.long),
                 past_key_values=output.past_key_values,
                 **checkpoint.extra_inputs,
                 **asked,
             )
             yield output.logits
-
-
-def uses_cache(checkpoint: zoo.TinyCheckpoint) -> bool:
-    """Tell whether the architecture's forward takes a cache of keys and values."""
-    return "past_key_values" in inspect.signature(checkpoint.model_class.forward).parameters
 
 
 def describe(actual: torch.Tensor, expected: torch.Tensor, step: int) -> str:

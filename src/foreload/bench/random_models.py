@@ -265,7 +265,7 @@ def write_random_checkpoint(
         CapacityError: The disk is full; nothing is left behind.
 
     Cost:
-        Less than 200 MB of memory (float32), 100 MB (bfloat16); as fast as the disk.
+        One block of 64 MB (bfloat16) or 128 MB (float32) in memory, whatever the model's size.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")

@@ -284,7 +284,8 @@ def _widened_pieces(source: _Source, factor: int) -> Iterator[Tensor]:
 def _widened_config(
     config: dict[str, Any], family: _Family, sources: dict[str, _Source], factor: int
 ) -> dict[str, Any]:
-    if missing := [key for key in family.widths if not isinstance(config.get(key), int)]:
+    keys = (*family.widths, "num_attention_heads")
+    if missing := [key for key in keys if not isinstance(config.get(key), int)]:
         raise CheckpointError(f"config.json does not give {', '.join(missing)}")
     query_rows = next(
         (s.shape[0] for name, s in sources.items() if name.endswith("q_proj.weight")), None

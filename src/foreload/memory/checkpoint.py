@@ -11,12 +11,14 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from foreload.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["ITEM_BITS", "CheckpointIndex", "TensorEntry", "read_json"]
 
@@ -297,7 +299,7 @@ def _read_entry(file: Path, name: str, record: object, data_start: int, size: in
         raise fail("is not described by a JSON object")
     dtype, shape, offsets = record.get("dtype"), record.get("shape"), record.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise fail(f"has the unknown element type {dtype!r}")
+        raise fail(f"has the unknown element type {_brief(dtype)}")
     if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
         raise fail(f"has the impossible shape {_brief(shape)}")
     if not _are_counts(offsets) or len(offsets) != 2:
@@ -314,7 +316,7 @@ def _read_entry(file: Path, name: str, record: object, data_start: int, size: in
     return TensorEntry(str(file), dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def _are_counts(value: Any) -> bool:
+def _are_counts(value: object) -> TypeGuard[list[int]]:
     # bool is an int to Python and would pass as a dimension
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +22,9 @@ from foreload.errors import CheckpointError, UnsupportedModelError
 from foreload.memory.checkpoint import CheckpointIndex, read_json
 from foreload.model.recipes import torch_dtype
 from foreload.model.sites import MoeSite, discover_sites
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "Architecture",
@@ -44,6 +46,8 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "jetmoe": "its attention is made of experts too",
         "longcat_flash": "it mixes experts with identity experts in its own way",
         "step3p7": "transformers does not let its experts be exchanged",
+        "ernie4_5_vl_moe": "it stores text and vision experts in one list of different sizes",
+        "diffusion_gemma": "it writes by diffusion, through experts shared by two decoders",
         "switch_transformers": "it is an encoder-decoder model",
         "nllb_moe": "it is an encoder-decoder model",
         "nllb-moe": "it is an encoder-decoder model",

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from foreload.errors import UnsupportedModelError
 from foreload.memory.checkpoint import CheckpointIndex, read_json
@@ -24,8 +20,15 @@ from foreload.model.architecture import (
     read_architecture,
 )
 from foreload.model.plans import CheckpointPlan, plan_checkpoint
-from foreload.model.sites import MoeSite
 from foreload.model.spec import make_spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from foreload.model.sites import MoeSite
 
 __all__ = ["CheckpointReport", "describe"]
 

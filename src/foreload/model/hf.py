@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,9 @@ from foreload.model.plans import CheckpointPlan, plan_checkpoint
 from foreload.model.recipes import torch_dtype
 from foreload.model.sites import MoeSite, discover_sites, expert_parameters
 from foreload.model.spec import make_spec
-from foreload.types import ExpertPlan, ModelSpec
+
+if TYPE_CHECKING:
+    from foreload.types import ExpertPlan, ModelSpec
 
 __all__ = [
     "EXPERTS_IMPLEMENTATION",
@@ -212,7 +214,7 @@ def strip_experts(model: nn.Module) -> None:
                 del site.experts._parameters[name]
                 site.experts.__dict__[name] = parameter.detach()
         # keeps transformers from initialising parameters that are gone
-        site.experts._is_hf_initialized = True
+        site.experts.__dict__["_is_hf_initialized"] = True
 
 
 def _streaming_class(architecture: Architecture) -> type[Any]:
@@ -224,7 +226,7 @@ def _streaming_class(architecture: Architecture) -> type[Any]:
     base, quantizer = architecture.model_class, architecture.quantizer
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        base.__init__(self, *args, **kwargs)
         strip_experts(self)
 
     def _load_pretrained_model(
@@ -303,7 +305,7 @@ class _DenseReader:
         data = torch.empty(entry.num_bytes, dtype=torch.uint8)
         with open(entry.path, "rb", buffering=0) as stream:
             stream.seek(entry.offset)
-            view, position = memoryview(data.numpy()), 0
+            view, position = memoryview(cast("bytearray", data.numpy())), 0
             while position < entry.num_bytes:
                 count = stream.readinto(view[position:])
                 if not count:

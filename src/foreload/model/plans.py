@@ -11,19 +11,22 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from foreload.errors import CheckpointError, UnsupportedModelError
-from foreload.memory.checkpoint import CheckpointIndex, TensorEntry
-from foreload.model.architecture import Architecture
 from foreload.model.recipes import ConvertExpert, Recipe, Source, derive_recipe, torch_dtype
 from foreload.model.sites import MoeSite, expert_parameters
 from foreload.types import ExpertPlan, ExpertTensor, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import nn
+
+    from foreload.memory.checkpoint import CheckpointIndex, TensorEntry
+    from foreload.model.architecture import Architecture
 
 __all__ = ["CheckpointPlan", "plan_checkpoint", "plan_experts"]
 

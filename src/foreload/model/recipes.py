@@ -9,18 +9,22 @@ architecture or operation is known by name here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from foreload.errors import CheckpointError, UnsupportedModelError
-from foreload.types import ExpertTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from foreload.types import ExpertTensor
 
 __all__ = ["ConvertExpert", "Piece", "Recipe", "Source", "derive_recipe", "torch_dtype"]
 
@@ -303,7 +307,7 @@ def _runs_to_pieces(
     edges = [0, *breaks.tolist(), moved.numel()]
     item = sources[0].dtype.itemsize
     pieces = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         first = int(moved[begin])
         source = bisect_right(bases, first) - 1
         start, count = first - bases[source], end - begin

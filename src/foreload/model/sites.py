@@ -8,7 +8,7 @@ weights. No architecture is known by name here, and transformers is not imported
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -104,12 +104,16 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, mark) for mark in _MARKS) and hasattr(module, "down_proj")
 
 
+def _count_experts(experts: Any) -> int:
+    return int(experts.down_proj.shape[0])
+
+
 def expert_parameters(experts: nn.Module) -> dict[str, Tensor]:
     """Give the module's parameters that have one row per expert, by name.
 
     They are found both before and after `strip_experts` replaced them by plain meta tensors.
     """
-    num_experts = experts.down_proj.shape[0]  # type: ignore[union-attr, index]
+    num_experts = _count_experts(experts)
     found: dict[str, Tensor] = dict(experts.named_parameters(recurse=False))
     for name, value in vars(experts).items():
         if isinstance(value, Tensor) and value.is_meta:
@@ -132,7 +136,7 @@ def discover_sites(model: nn.Module) -> list[MoeSite]:
     """
     modules = dict(model.named_modules())
     router_classes = _recorded_router_classes(modules.values())
-    sites = []
+    sites: list[MoeSite] = []
     for name, module in modules.items():
         if not is_experts(module):
             continue
@@ -148,7 +152,7 @@ def discover_sites(model: nn.Module) -> list[MoeSite]:
                 block=block,
                 decoder=decoder,
                 router=_find_router(decoder, block, router_classes),
-                num_experts=int(module.down_proj.shape[0]),  # type: ignore[union-attr, index]
+                num_experts=_count_experts(module),
                 top_k=_find_top_k(module, block, model),
             )
         )
@@ -166,7 +170,7 @@ def _decoder_name(name: str, modules: Mapping[str, nn.Module]) -> str:
     )
 
 
-def _recorded_router_classes(modules: Iterator[nn.Module] | Any) -> tuple[type, ...]:
+def _recorded_router_classes(modules: Iterable[nn.Module]) -> tuple[type, ...]:
     """Give the classes transformers records router logits from."""
     found = set()
     for module in modules:
@@ -185,14 +189,20 @@ def _find_router(
     decoder: nn.Module, block: nn.Module, classes: tuple[type, ...]
 ) -> nn.Module | None:
     for scope in (block, decoder):
-        for module in scope.modules():
-            if classes and isinstance(module, classes) and module is not block:
+        for module in _descendants(scope):
+            if type(module) in classes:
                 return module
     for scope in (block, decoder):
         for name, module in scope.named_modules():
             if name.rpartition(".")[2] in _ROUTER_NAMES:
                 return module
     return None
+
+
+def _descendants(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield child
+        yield from _descendants(child)
 
 
 def _find_top_k(experts: nn.Module, block: nn.Module, model: nn.Module) -> int | None:
@@ -222,7 +232,13 @@ def silenced_experts(sites: Sequence[MoeSite]) -> Iterator[None]:
             site.experts.__dict__.pop("forward", None)
 
 
-def probe_sites(model: nn.Module, sites: Sequence[MoeSite], input_ids: Tensor) -> None:
+def probe_sites(
+    model: nn.Module,
+    sites: Sequence[MoeSite],
+    input_ids: Tensor,
+    *,
+    extra_inputs: Mapping[str, Any] | None = None,
+) -> None:
     """Learn what feeds each router, and fill it in at `sites`.
 
     Runs one forward without the experts, so it may run before any expert was read. Sites whose
@@ -233,13 +249,14 @@ def probe_sites(model: nn.Module, sites: Sequence[MoeSite], input_ids: Tensor) -
         model: The model the sites were found in, weights loaded.
         sites: What `discover_sites` gave.
         input_ids: (1, T) a few token ids.
+        extra_inputs: What else the forward of this model wants.
 
     Cost:
         One dense forward of T tokens; keeps the outputs of the norms alive meanwhile.
     """
     probe = _Probe(model)
     with probe.watching(sites), silenced_experts(sites), torch.no_grad():
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids, use_cache=False, **(extra_inputs or {}))
     for site in sites:
         probe.settle(site)
 

@@ -8,12 +8,15 @@ from a repository is executed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from foreload.errors import CheckpointError, OfflineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["ALLOW_PATTERNS", "DEMO_NAME", "resolve_model"]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from foreload.memory.checkpoint import CheckpointIndex
-from foreload.model.architecture import Architecture
 from foreload.model.sites import MoeSite, expert_parameters
 from foreload.types import ExpertPlan, ModelSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from foreload.memory.checkpoint import CheckpointIndex
+    from foreload.model.architecture import Architecture
 
 __all__ = ["make_spec"]
 

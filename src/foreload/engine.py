@@ -1,0 +1,511 @@
+"""The composition root: builds everything once, generates, closes.
+
+    Engine.from_pretrained -> load_model -> arena, tiers, predictor, runtime -> attach
+
+Decides nothing at run time: every "auto" is resolved here, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from foreload.config import EngineConfig, SamplingConfig, parse_size
+from foreload.decode.loop import StopText, decode
+from foreload.decode.text import Detokenizer
+from foreload.errors import CapacityError, ConfigError, ForeloadError
+from foreload.memory.arena import SlotArena, slot_bytes
+from foreload.memory.disk import DiskBackend
+from foreload.memory.eviction import make_eviction
+from foreload.memory.tiers import ExpertTiers
+from foreload.metrics import Metrics, RequestStats, Timeline
+from foreload.model.hf import attach, detach, load_model, load_tokenizer
+from foreload.model.kv_cache import make_kv_cache
+from foreload.model.runtime import ExpertRuntime
+from foreload.model.sites import predict_routing, probe_sites
+from foreload.model.source import resolve_model
+from foreload.predict.calibration import calibration_path, read_default_vectors
+from foreload.predict.choice import MeasuredChoice
+from foreload.predict.lookahead import DefaultVectors, Lookahead
+from foreload.schedule.prefetch import PrefetchSwitch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
+
+    from torch import Tensor
+
+    from foreload.memory.eviction import EvictionPolicy
+    from foreload.memory.transfer import CopyBackend
+    from foreload.model.hf import LoadedModel
+    from foreload.types import ExpertPlan, ModelSpec, Predictor
+
+    Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+__all__ = ["Chunk", "Engine", "GenerationResult", "default_cache_dir", "resolve"]
+
+logger = logging.getLogger(__name__)
+
+_MARGIN_BYTES = 1 << 30
+"""Left to the rest of the machine by expert_memory="auto", beside the KV cache and workspaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one step of a stream brought.
+
+    Attributes:
+        token_ids: New tokens; empty in a last chunk that only carries held-back text.
+        text: New text, without stop texts and half characters.
+        finish_reason: None until the last chunk: "stop", "length" or "cancelled".
+        stats: The request's statistics, with the last chunk.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str | None = None
+    stats: RequestStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished generation.
+
+    Attributes:
+        text: The generated text, without the prompt.
+        token_ids: The generated tokens.
+        finish_reason: "stop" (end token or stop text), "length" or "cancelled".
+        stats: What it took.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: RequestStats
+
+
+class Engine:
+    """A Mixture-of-Experts model whose experts live in a bounded memory.
+
+    Made by `from_pretrained`. `engine.model` is a transformers model like any other: calling it,
+    or its `generate`, streams experts just as `engine.generate` does.
+
+    Attributes:
+        config: The settings, every "auto" resolved.
+        spec: The numbers about the model.
+        model: The transformers model.
+        tokenizer: Its tokenizer, or None where the checkpoint has none.
+        metrics: Counters since the engine was made.
+        timeline: Spans of computation, disk and stall; switched off until `timeline.is_on`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokenizer: Any | None,
+        config: EngineConfig,
+        *,
+        cache_dir: Path,
+        policy: EvictionPolicy | None = None,
+        predictor: Predictor | None = None,
+        backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
+    ) -> None:
+        self.config = config
+        self.spec: ModelSpec = loaded.spec
+        self.model = loaded.model
+        self.tokenizer = tokenizer
+        self.metrics = Metrics()
+        self.timeline = Timeline()
+        self._loaded = loaded
+        self._cache_dir = cache_dir
+        self._cancelled = threading.Event()
+        self._closed = False
+        self._handles: list[Any] = []
+        size = _slot_size(loaded.plans)
+        self._arena = SlotArena(int(config.expert_memory) // size, size)
+        eviction = policy or make_eviction(
+            config.eviction, self.spec.num_moe_layers, self.spec.num_experts
+        )
+        self.tiers = ExpertTiers(
+            self._arena,
+            loaded.plans,
+            backend(self._arena),
+            eviction,
+            self.metrics,
+            self.timeline,
+            keep=config.eviction != "none",
+            num_workers=config.num_workers,
+        )
+        try:
+            if predictor is None and config.predictor != "none":
+                predictor = self._make_predictor()
+            self.runtime = ExpertRuntime(
+                self.tiers,
+                self.metrics,
+                self.timeline,
+                num_layers=self.spec.num_moe_layers,
+                predictor=predictor,
+                max_prefetches=max(self.spec.top_k, self._arena.num_slots // 4),
+                switch=PrefetchSwitch() if config.predictor == "auto" else None,
+            )
+            attach(loaded.sites, self.runtime.run_layer)
+            if predictor is not None:
+                self._watch_residuals()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "demo",
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        cache_dir: str | Path | None = None,
+        **settings: Any,
+    ) -> Engine:
+        """Open a checkpoint with a bounded memory for its experts.
+
+        Args:
+            model: Local directory, Hub name, or "demo".
+            progress: Called with (done, total) bytes while dense weights load.
+            cache_dir: Where calibrations are kept; by default the user's cache directory.
+            **settings: Fields of `EngineConfig`, such as `expert_memory="25%"`.
+
+        Raises:
+            ConfigError: A setting is unknown or makes no sense.
+            CheckpointError: The checkpoint is missing, damaged or incomplete.
+            UnsupportedModelError: foreload cannot run this architecture or quantisation.
+            CapacityError: The expert memory is below one layer's needs.
+        """
+        config = EngineConfig.from_dict({"model": str(model), **settings})
+        directory = resolve_model(config.model)
+        loaded = load_model(directory, dtype=config.dtype, progress=progress)
+        resolved = resolve(config, loaded)
+        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        return cls(loaded, load_tokenizer(directory), resolved, cache_dir=folder)
+
+    def generate(self, prompt: Prompt, **sampling: Any) -> GenerationResult:
+        """Generate text and wait for all of it.
+
+        Args:
+            prompt: Text, token ids, or chat messages ({"role": ..., "content": ...}).
+            **sampling: Fields of `SamplingConfig`, such as `max_new_tokens=64`.
+        """
+        token_ids: list[int] = []
+        text = ""
+        last = Chunk((), "")
+        for last in self.stream(prompt, **sampling):
+            token_ids.extend(last.token_ids)
+            text += last.text
+        if last.finish_reason is None or last.stats is None:
+            raise ForeloadError("the stream ended without a finish reason")
+        return GenerationResult(text, token_ids, last.finish_reason, last.stats)
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[Chunk]:
+        """Generate text token by token; the last chunk has the finish reason and statistics.
+
+        Args:
+            prompt: As for `generate`.
+            **sampling: Fields of `SamplingConfig`.
+        """
+        submitted_s = time.perf_counter()
+        config = SamplingConfig.from_dict(sampling)
+        prompt_ids = self._encode(prompt)
+        room = self._context_left(len(prompt_ids))
+        if room is not None and room < config.max_new_tokens:
+            logger.info("the model's context leaves room for %d tokens", room)
+            config = SamplingConfig.from_dict(
+                {
+                    **{name: getattr(config, name) for name in config.__slots__},
+                    "max_new_tokens": room,
+                }
+            )
+        self._require_open()
+        self._cancelled.clear()
+        return self._stream(prompt_ids, config, submitted_s)
+
+    def cancel(self) -> None:
+        """End the running generation after its current token; may be called from any thread."""
+        self._cancelled.set()
+
+    def make_cache(self) -> Any:
+        """Make an empty KV cache for one sequence, to be passed to `engine.model`."""
+        return make_kv_cache(self.model.config)
+
+    def close(self) -> None:
+        """Stop the copies and let go of the experts' memory; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        detach(self._loaded.sites)
+        self.tiers.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def expert_memory_bytes(self) -> int:
+        """Give the size of the device tier."""
+        return self._arena.num_bytes
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Give the counters since the engine was made, with the derived rates."""
+        metrics = self.metrics
+        return {
+            "num_steps": metrics.num_steps,
+            "hit_rate": metrics.hit_rate,
+            "late_rate": metrics.late_rate,
+            "recall_at_n": metrics.recall_at_n,
+            "prefetch_precision": metrics.prefetch_precision,
+            "bytes_moved": metrics.bytes_moved,
+            "wasted_bytes": metrics.wasted_bytes,
+            "stall_s": metrics.stall_s,
+            "expert_memory_bytes": self.expert_memory_bytes,
+        }
+
+    def forward(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
+        """Run the model on new tokens (1, T); give the last position's logits (V,)."""
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=token_ids,
+                past_key_values=kv_cache,
+                use_cache=True,
+                **self._last_logits_only,
+            )
+            logits: Tensor = output.logits[0, -1]
+            return logits
+
+    def early_routers(self) -> list[Callable[[Tensor], Any]]:
+        """Give, per MoE layer, the model's own norm and router as a function of a residual."""
+        sites = self._loaded.sites
+        if not any(site.is_predictable for site in sites):
+            probe_sites(self.model, sites, torch.tensor([[1, 2, 3, 4]]))
+        return [functools.partial(predict_routing, site) for site in sites]
+
+    def _make_predictor(self) -> Predictor | None:
+        routers = self.early_routers()
+        ahead = self.config.lookahead_layers
+        extra = max(1, self.spec.top_k // 2)
+        lookahead = Lookahead(routers, max_distance=ahead, num_extra=extra)
+        if self.config.predictor == "lookahead":
+            return lookahead
+        path = calibration_path(self._cache_dir, self.spec.identity)
+        if not path.is_file():
+            if self.config.predictor == "default-vectors":
+                raise ConfigError(
+                    "predictor='default-vectors' needs a calibration, and there is none",
+                    hint=f"run `foreload calibrate {self.config.model}` first",
+                )
+            return lookahead
+        spec = self.spec
+        vectors = read_default_vectors(
+            path, spec.identity, (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+        )
+        defaults = DefaultVectors(routers, list(vectors), max_distance=ahead, num_extra=extra)
+        if self.config.predictor == "default-vectors":
+            return defaults
+        return MeasuredChoice([lookahead, defaults])
+
+    def _watch_residuals(self) -> None:
+        for site in self._loaded.sites:
+            module = site.residual_module
+            if module is None:
+                continue
+            hook = functools.partial(self._see_residual, site.layer)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _see_residual(self, layer: int, module: Any, args: Any, kwargs: Any) -> None:
+        residual = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(residual, torch.Tensor):
+            self.runtime.see_residual(layer, residual.reshape(-1, residual.shape[-1]))
+
+    @functools.cached_property
+    def _last_logits_only(self) -> dict[str, int]:
+        code = type(self.model).forward.__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        return {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+            ids = [int(token) for token in prompt]  # type: ignore[call-overload]
+            size = self.model.get_input_embeddings().weight.shape[0]
+            if not all(0 <= token < size for token in ids):
+                raise ConfigError(f"a prompt token is outside the vocabulary of {size}")
+            return ids
+        if not prompt:
+            raise ConfigError("the prompt is empty", hint="give at least one token")
+        if self.tokenizer is None:
+            raise ConfigError(
+                "this checkpoint has no tokenizer", hint="give the prompt as token ids"
+            )
+        if isinstance(prompt, str):
+            text_ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            return text_ids
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError(
+                "this model has no chat template: it completes text, it does not converse",
+                hint="give the prompt as plain text",
+            )
+        chat_ids: list[int] = self.tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        return chat_ids
+
+    def _context_left(self, num_prompt_tokens: int) -> int | None:
+        limit = self._loaded.generation.max_positions
+        if limit is None:
+            return None
+        if num_prompt_tokens >= limit:
+            raise ConfigError(
+                f"the prompt has {num_prompt_tokens} tokens, the model's context is {limit}",
+                hint="shorten the prompt",
+            )
+        return limit - num_prompt_tokens
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ForeloadError("the engine is closed", hint="open a new one")
+
+    def _stream(
+        self, prompt_ids: list[int], config: SamplingConfig, submitted_s: float
+    ) -> Iterator[Chunk]:
+        ends = set(self._loaded.generation.eos_token_ids)
+        detokenizer, stop = Detokenizer(self.tokenizer), StopText(config.stop)
+        clock = _RequestClock(self, submitted_s, len(prompt_ids))
+        tokens = decode(
+            self.forward,
+            prompt_ids,
+            self.make_cache(),
+            config,
+            prefill_chunk=self.config.prefill_chunk,
+        )
+        finish_reason = "length"
+        for token in tokens:
+            clock.token()
+            if token in ends:
+                finish_reason = "stop"
+                break
+            text = stop.feed(detokenizer.feed(token))
+            if stop.is_stopped:
+                yield Chunk((token,), text)
+                finish_reason = "stop"
+                break
+            yield Chunk((token,), text)
+            if self._cancelled.is_set():
+                finish_reason = "cancelled"
+                break
+        rest = "" if stop.is_stopped else stop.feed(detokenizer.flush()) + stop.flush()
+        yield Chunk((), rest, finish_reason, clock.stats())
+
+
+class _RequestClock:
+    """Times one request and takes the difference of the engine's counters."""
+
+    def __init__(self, engine: Engine, submitted_s: float, num_prompt_tokens: int) -> None:
+        self._engine = engine
+        self._submitted_s = submitted_s
+        self._num_prompt_tokens = num_prompt_tokens
+        self._before = engine.metrics.snapshot()
+        self._after_prefill = self._before
+        self._first_s = submitted_s
+        self._last_s = submitted_s
+        self._num_tokens = 0
+
+    def token(self) -> None:
+        """Note that a token has become available."""
+        self._last_s = time.perf_counter()
+        self._num_tokens += 1
+        if self._num_tokens == 1:
+            self._first_s = self._last_s
+            self._after_prefill = self._engine.metrics.snapshot()
+
+    def stats(self) -> RequestStats:
+        """Give the request's statistics."""
+        request = self._engine.metrics.since(self._before)
+        decoded = self._engine.metrics.since(self._after_prefill)
+        gaps = self._num_tokens - 1
+        e2e_s = self._last_s - self._submitted_s
+        ttft_s = self._first_s - self._submitted_s
+        return RequestStats(
+            ttft_s=ttft_s,
+            tpot_s=(e2e_s - ttft_s) / gaps if gaps > 0 else None,
+            e2e_s=e2e_s,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_tokens,
+            hit_rate=request.hit_rate,
+            late_rate=request.late_rate,
+            recall_at_n=request.recall_at_n,
+            prefetch_precision=request.prefetch_precision,
+            bytes_moved=request.bytes_moved,
+            bytes_per_token=decoded.bytes_moved / gaps if gaps > 0 else None,
+            wasted_bytes=request.wasted_bytes,
+            stall_s=request.stall_s,
+            stall_fraction=request.stall_s / e2e_s if e2e_s > 0 else 0.0,
+            expert_memory_bytes=self._engine.expert_memory_bytes,
+        )
+
+
+def default_cache_dir() -> Path:
+    """Give where foreload keeps what it has measured, unless told otherwise."""
+    return Path.home() / ".cache" / "foreload"
+
+
+def resolve(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
+    """Replace every "auto" that depends on the model or the machine.
+
+    Raises:
+        CapacityError: The expert memory is below one layer's needs, or above the machine's.
+    """
+    size = _slot_size(loaded.plans)
+    num_experts = sum(len(layer) for layer in loaded.plans)
+    whole = size * num_experts
+    needed = size * (loaded.spec.top_k + 1)
+    available = psutil.virtual_memory().available
+    if config.expert_memory == "auto":
+        budget = min(whole, available - _MARGIN_BYTES)
+    else:
+        budget = min(
+            whole, parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
+        )
+        if budget > available:
+            raise CapacityError(
+                "the machine has less free memory than expert_memory asks for",
+                needed_bytes=budget,
+                available_bytes=available,
+                setting="expert_memory",
+            )
+    if budget < needed:
+        raise CapacityError(
+            f"expert_memory is below one layer's needs ({loaded.spec.top_k} experts at work and "
+            "one on its way)",
+            needed_bytes=needed,
+            available_bytes=max(budget, 0),
+            setting="expert_memory",
+        )
+    return config.with_values(
+        device="cpu", dtype=loaded.spec.dtype, expert_memory=budget // size * size
+    )
+
+
+def _slot_size(plans: Sequence[Sequence[ExpertPlan]]) -> int:
+    return max(slot_bytes(plan) for layer in plans for plan in layer)
