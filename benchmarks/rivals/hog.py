@@ -12,8 +12,10 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 CHUNK_BYTES = 64 * 2**20
 PAGE_BYTES = mmap.PAGESIZE
