@@ -12,17 +12,31 @@ import hashlib
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-HELD_OUT = (
-    "argparse asyncio csv dataclasses email heapq http json logging statistics textwrap zipfile"
-).split()
+HELD_OUT = [
+    "argparse",
+    "asyncio",
+    "csv",
+    "dataclasses",
+    "email",
+    "heapq",
+    "http",
+    "json",
+    "logging",
+    "statistics",
+    "textwrap",
+    "zipfile",
+]
 
 _SKIPPED_PARTS = {"site-packages", "dist-packages", "__pycache__", "ensurepip", "encodings"}
 _SKIPPED_PREFIXES = (

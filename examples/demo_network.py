@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,15 @@ from torch import Tensor
 ROW_MULTIPLE = 64  # rows of an expert are padded to this: few shapes for the matrix kernels
 ATTENTION_BLOCK = 128
 LOSS_ROWS = 1024
+ATTENTION_WEIGHTS = [
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +115,7 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.compile(dynamic=False)
 def _attention_block(
-    x: Tensor, weights: list[Tensor], cos: Tensor, sin: Tensor, batch: int, dims: tuple
+    x: Tensor, weights: list[Tensor], cos: Tensor, sin: Tensor, batch: int, dims: tuple[Any, ...]
 ) -> Tensor:
     """Adds a layer's attention to the residual stream (rows of all sequences, hidden)."""
     norm, wq, wk, wv, wo, q_norm, k_norm = weights
@@ -124,7 +135,9 @@ def _attention_block(
 
 
 @torch.compile(dynamic=False)
-def _router_block(x: Tensor, norm: Tensor, gate: Tensor, top_k: int, eps: float):
+def _router_block(
+    x: Tensor, norm: Tensor, gate: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, ...]:
     """Normalizes the stream and chooses experts.
 
     Returns:
@@ -183,7 +196,9 @@ class _Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weights, chosen, gate_up, down):
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
         rows, top_k = chosen.shape
         flat = chosen.reshape(-1)
         order = torch.argsort(flat)
@@ -199,7 +214,7 @@ class _Experts(torch.autograd.Function):
         slot_of_pair = torch.empty_like(order)
         slot_of_pair[order] = slots
 
-        spans = [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends)) if b > a]
+        spans = [(e, a, b) for e, (a, b) in enumerate(pairwise([0, *ends])) if b > a]
         xs = x.index_select(0, row_of_slot)
         h = x.new_empty(ends[-1], gate_up.shape[1])
         y = torch.empty_like(xs)
@@ -213,7 +228,7 @@ class _Experts(torch.autograd.Function):
         return _weighted_sum(y.index_select(0, slot_of_pair).view(rows, top_k, -1), weights)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xs, h, act, y, row_of_slot, slot_weights, slot_of_pair, gate_up, down = ctx.saved_tensors
         d_weights, dy = _weighted_sum_backward(grad.index_select(0, row_of_slot), y, slot_weights)
         d_act, dxs = torch.empty_like(act), torch.empty_like(xs)
@@ -270,11 +285,9 @@ def forward(
     x = F.embedding(ids, weights["model.embed_tokens.weight"]).flatten(0, 1)
     router_loss = torch.zeros((), device=x.device)
     measures = []
-    attention = "input_layernorm|self_attn.q_proj|self_attn.k_proj|self_attn.v_proj|" \
-        "self_attn.o_proj|self_attn.q_norm|self_attn.k_norm".split("|")
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
-        own = [weights[f"{prefix}{name}.weight"] for name in attention]
+        own = [weights[f"{prefix}{name}.weight"] for name in ATTENTION_WEIGHTS]
         x = _attention_block(x, own, cos, sin, batch, dims)
         norm = weights[prefix + "post_attention_layernorm.weight"]
         gate = weights[prefix + "mlp.gate.weight"]

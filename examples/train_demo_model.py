@@ -20,35 +20,26 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import datetime
 import math
 import os
 import shutil
-import sysconfig
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import demo_corpus
+import demo_export
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from demo_network import ModelShape, RouterLoss, forward
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
-HERE = "examples/train_demo_model.py"
+LAST = "last.txt"  # names the last complete checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +69,20 @@ class Recipe:
     adam_lr: float = 3e-3
     router_lr: float = 4e-3
     weight_decay: float = 0.1
-    router: RouterLoss = RouterLoss()
+    router: RouterLoss = dataclasses.field(default_factory=RouterLoss)
     seed: int = 0
+
+    def describe(self, shape: ModelShape) -> str:
+        """Returns the recipe in words, Markdown."""
+        router = self.router
+        return f"""\
+Muon for the matrices (learning rate {self.muon_lr}), AdamW for embedding and norms ({self.adam_lr})
+and for the routers ({self.router_lr}), weight decay {self.weight_decay}; {self.batch_tokens} tokens
+per step; {self.warmup_steps} steps of warm-up, then a linear decay over the last
+{1 - self.decay_from:.0%} of the time; sequences of {self.short} tokens, of {shape.context} in the
+last {1 - self.long_from:.0%} of the time. Losses of the routers: load balance ({router.balance}),
+entropy of the mean choice ({router.diversity}), entropy per token above {router.entropy_target}
+nats ({router.entropy}), squared logsumexp ({router.z})."""
 
 
 @torch.compile(dynamic=False)
@@ -319,7 +322,86 @@ def held_out_loss(job: Job, weights: dict[str, Tensor], rank: int) -> float:
     return total / groups
 
 
-def _train_process(rank: int, job: Job, flat: Tensor, flat_grads: list[Tensor], board: Tensor, gate):
+class Log:
+    """Writes training_log.csv, a row every 50 steps and at every held-out measurement.
+
+    Args:
+        path: The file.
+        step: Steps done before; what the file says about later ones is dropped.
+    """
+
+    COLUMNS = (
+        "step",
+        "seconds",
+        "tokens",
+        "train_loss",
+        "held_out_loss",
+        "router_entropy",
+        "imbalance",
+    )
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path, self._smooth = path, 0.0
+        rows = path.read_text().splitlines()[1:] if step else []
+        rows = [row for row in rows if int(row.split(",")[0]) <= step]
+        path.write_text("\n".join([",".join(self.COLUMNS), *rows]) + "\n")
+
+    def add(
+        self,
+        step: int,
+        seconds: float,
+        tokens: int,
+        loss: float,
+        held_out: float | None,
+        measures: Tensor,
+    ) -> None:
+        """Takes note of a step.
+
+        Args:
+            step: Steps done, this one included.
+            seconds: Wall time so far.
+            tokens: Tokens so far.
+            loss: Training loss of the step; the log has it smoothed.
+            held_out: Held-out loss, if measured.
+            measures: What `forward` says about the routers.
+        """
+        self._smooth = self._smooth + 0.04 * (loss - self._smooth) if self._smooth else loss
+        if step % 50 and held_out is None:
+            return
+        entropy, load = measures[:, 0].mean(), measures[:, 2:].amax(1).mean()
+        held = "" if held_out is None else f"{held_out:.4f}"
+        row = [step, round(seconds), tokens, f"{self._smooth:.4f}", held]
+        with self._path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([*row, f"{entropy:.3f}", f"{load:.2f}"])
+
+
+class _NoGate:
+    """Stands in for a barrier when there is one process."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+def _last_checkpoint(work: Path) -> Path:
+    return work / (work / LAST).read_text()
+
+
+def _save_checkpoint(work: Path, rank: int, saved: dict[str, Any], gate: Any) -> None:
+    """Saves this process's share; once all have, makes it the last checkpoint."""
+    folder = work / f"checkpoint-{saved['step']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(saved, folder / f"{rank}.pt")
+    gate.wait()
+    if rank == 0:
+        (work / LAST).write_text(folder.name)
+        for old in work.glob("checkpoint-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _train_process(
+    rank: int, job: Job, flat: Tensor, flat_grads: list[Tensor], board: Tensor, gate: Any
+) -> None:
     """One training process; `board` holds elapsed seconds, then losses, then held-out losses."""
     if job.world > 1:
         torch.set_num_threads(1)
@@ -334,15 +416,14 @@ def _train_process(rank: int, job: Job, flat: Tensor, flat_grads: list[Tensor], 
     optimizer = Optimizer(shape, recipe, weights, grads, rank)
     sampler = Sampler(np.memmap(job.work / "train.bin", np.uint16, "r"), recipe.seed)
     step, tokens, elapsed = 0, 0, 0.0
-    last = job.work / "last.txt"
-    if job.resume and last.exists():
-        saved = torch.load(job.work / last.read_text() / f"{rank}.pt", weights_only=True)
+    if job.resume and (job.work / LAST).exists():
+        saved = torch.load(_last_checkpoint(job.work) / f"{rank}.pt", weights_only=True)
         optimizer.load(saved["optimizer"])
         sampler.load(saved["sampler"])
         step, tokens, elapsed = saved["step"], saved["tokens"], saved["elapsed"]
         gate.wait()
     began, checkpointed = time.monotonic() - elapsed, elapsed
-    log = Log(job, append=step > 0) if rank == 0 else None
+    log = Log(job.work / "training_log.csv", step) if rank == 0 else None
     while elapsed < job.seconds:
         progress = elapsed / job.seconds
         length = recipe.short if progress < recipe.long_from else shape.context
@@ -365,48 +446,10 @@ def _train_process(rank: int, job: Job, flat: Tensor, flat_grads: list[Tensor], 
             checkpointed = elapsed
             saved = {"optimizer": optimizer.state(), "sampler": sampler.state()}
             saved |= {"step": step, "tokens": tokens, "elapsed": elapsed}
-            folder = job.work / f"checkpoint-{step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(saved, folder / f"{rank}.pt")
-            gate.wait()
-            if rank == 0:
-                previous = last.read_text() if last.exists() else ""
-                last.write_text(folder.name)
-                if previous and previous != folder.name:
-                    shutil.rmtree(job.work / previous, ignore_errors=True)
+            _save_checkpoint(job.work, rank, saved, gate)
         if log:
             held_out = float(board[1 + world : 1 + 2 * world].mean()) if due else None
             log.add(step, elapsed, tokens, train_loss, held_out, measures)
-
-
-class Log:
-    """Writes training_log.csv, a row every 50 steps and at every held-out measurement."""
-
-    COLUMNS = "step seconds tokens train_loss held_out_loss router_entropy imbalance".split()
-
-    def __init__(self, job: Job, append: bool) -> None:
-        self._path, self._smooth = job.work / "training_log.csv", 0.0
-        if not append:
-            self._path.write_text(",".join(self.COLUMNS) + "\n")
-
-    def add(
-        self,
-        step: int,
-        seconds: float,
-        tokens: int,
-        loss: float,
-        held_out: float | None,
-        measures: Tensor,
-    ) -> None:
-        """Takes note of a step."""
-        self._smooth = self._smooth + 0.04 * (loss - self._smooth) if self._smooth else loss
-        if step % 50 and held_out is None:
-            return
-        entropy, load = measures[:, 0].mean(), measures[:, 2:].amax(1).mean()
-        held = "" if held_out is None else f"{held_out:.4f}"
-        row = [step, round(seconds), tokens, f"{self._smooth:.4f}", held]
-        with self._path.open("a", newline="") as file:
-            csv.writer(file).writerow([*row, f"{entropy:.3f}", f"{load:.2f}"])
 
 
 def train(job: Job) -> None:
@@ -423,260 +466,21 @@ def train(job: Job) -> None:
     for name, view in _views(job.shape, buffers[0]).items():
         view.copy_(start[name])
     if job.world == 1:
-        return _train_process(0, job, buffers[0], buffers[1:], board, _NoGate())
-    context = mp.get_context("spawn")
-    for tensor in [*buffers, board]:
-        tensor.share_memory_()
-    arguments = (job, buffers[0], buffers[1:], board, context.Barrier(job.world))
-    mp.spawn(_train_process, arguments, nprocs=job.world)
-
-
-class _NoGate:
-    """Stands in for a barrier when there is one process."""
-
-    def wait(self) -> None:
-        """Returns at once."""
-
-
-# --- export -------------------------------------------------------------------------------------
+        _train_process(0, job, buffers[0], buffers[1:], board, _NoGate())
+    else:
+        for tensor in [*buffers, board]:
+            tensor.share_memory_()
+        gate = mp.get_context("spawn").Barrier(job.world)
+        mp.spawn(_train_process, (job, buffers[0], buffers[1:], board, gate), nprocs=job.world)
 
 
 def trained_weights(work: Path) -> dict[str, Tensor]:
     """Returns the parameters of the last checkpoint, float32."""
-    folder = work / (work / "last.txt").read_text()
     weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.pt")):
+    for path in sorted(_last_checkpoint(work).glob("*.pt")):
         states = torch.load(path, map_location="cpu", weights_only=True)["optimizer"]
         weights |= {name: state[0] for name, state in states.items()}
     return weights
-
-
-def save_model(
-    shape: ModelShape, recipe: Recipe, weights: dict[str, Tensor], tokenizer: Tokenizer, out: Path
-) -> None:
-    """Writes a checkpoint that transformers loads.
-
-    Args:
-        shape: Dimensions.
-        recipe: Its balance weight is noted in the configuration.
-        weights: Parameters by name.
-        tokenizer: The tokenizer.
-        out: Directory to write to.
-    """
-    config = Qwen3MoeConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=4 * shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.context,
-        rms_norm_eps=shape.eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=True,
-        moe_intermediate_size=shape.expert_hidden,
-        num_experts_per_tok=shape.top_k,
-        num_experts=shape.experts,
-        norm_topk_prob=True,
-        router_aux_loss_coef=recipe.router.balance,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    wrong = model.load_state_dict(weights, strict=False)
-    if wrong.unexpected_keys or wrong.missing_keys not in ([], ["lm_head.weight"]):
-        raise ValueError(f"parameters do not match the architecture: {wrong}")
-    model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(out)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=demo_corpus.END_OF_TEXT,
-        eos_token=demo_corpus.END_OF_TEXT,
-        pad_token=demo_corpus.PAD,
-        clean_up_tokenization_spaces=False,
-        model_max_length=shape.context,
-    ).save_pretrained(out)
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """How a checkpoint does on a text, in float32.
-
-    Attributes:
-        loss: Mean loss per token, in nats.
-        bits_per_byte: The same per byte of text.
-        entropy: Mean entropy of the router's choice, in nats, by layer.
-        imbalance: Load of the most used expert relative to the mean, by layer.
-        least: Load of the least used expert relative to the mean, by layer.
-    """
-
-    loss: float
-    bits_per_byte: float
-    entropy: list[float]
-    imbalance: list[float]
-    least: list[float]
-
-
-@torch.no_grad()
-def measure(directory: Path, text: str, window: int) -> Measurement:
-    """Measures a saved checkpoint under transformers.
-
-    Args:
-        directory: The checkpoint.
-        text: Text to predict, in windows that know nothing of each other.
-        window: Tokens of a window.
-
-    Returns:
-        What was measured.
-    """
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids = torch.tensor([0, *AutoTokenizer.from_pretrained(directory)(text)["input_ids"]])
-    experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
-    layers = model.config.num_hidden_layers
-    entropy, load = torch.zeros(layers), torch.zeros(layers, experts)
-    total, count = 0.0, len(ids) - 1
-    for start in range(0, count, window):
-        part = ids[start : start + window + 1]
-        out = model(part[None, :-1], output_router_logits=True)
-        total += float(F.cross_entropy(out.logits[0], part[1:], reduction="sum"))
-        for layer, logits in enumerate(out.router_logits):
-            log_probs = logits.float().log_softmax(-1)
-            entropy[layer] -= (log_probs.exp() * log_probs).sum()
-            load[layer] += torch.bincount(log_probs.topk(top_k).indices.flatten(), minlength=experts)
-    load *= experts / (count * top_k)
-    return Measurement(
-        total / count,
-        total / math.log(2) / len(text.encode()),
-        (entropy / count).tolist(),
-        load.amax(1).tolist(),
-        load.amin(1).tolist(),
-    )
-
-
-@torch.no_grad()
-def continuation(directory: Path, prompt: str, tokens: int = 100) -> str:
-    """Returns a prompt and its greedy continuation."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    ids = torch.tensor([[0, *tokenizer(prompt)["input_ids"]]])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
-    )
-    return tokenizer.decode(out[0], skip_special_tokens=True)
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def model_card(job: Job, out: Path, machine: str) -> str:
-    """Measures the exported model on held_out.txt and writes its card.
-
-    Args:
-        job: The training that produced it.
-        out: The exported model, the held-out text and the log next to it.
-        machine: The kind of machine it was trained on.
-
-    Returns:
-        The card, Markdown.
-    """
-    shape, recipe = job.shape, job.recipe
-    text = (out / "held_out.txt").read_text(encoding="utf-8")
-    short, full = (measure(out, text, window) for window in (recipe.short, shape.context))
-    with (out / "training_log.csv").open(newline="") as file:
-        log = [row for row in csv.DictReader(file) if row["held_out_loss"]][-1]
-    layers = range(shape.layers)
-    modules = ", ".join(f"`{name}`" for name in demo_corpus.HELD_OUT)
-    return f"""---
-license: psf-2.0
-language: code
-tags: [qwen3_moe, demo]
----
-# Demo model of Python source
-
-A Mixture-of-Experts language model, small enough to ship and real enough to show what streaming
-experts does: it has learnt to write Python, and its routers make decisions. It is of no other use.
-
-* Architecture: Qwen3-MoE, {shape.layers} layers, hidden size {shape.hidden}, {shape.experts}
-  experts of width {shape.expert_hidden}, {shape.top_k} per token, {shape.heads} query and
-  {shape.kv_heads} key heads of {shape.head_dim}, tied embeddings, context {shape.context}; bfloat16.
-* Tokenizer: byte-level BPE of {shape.vocab} tokens, trained on the training text.
-* Trained on {datetime.date.today():%d %B %Y}: {int(log["tokens"]) / 1e6:.1f} million tokens in
-  {int(log["step"])} steps and {int(log["seconds"]) / 60:.0f} minutes on {machine}.
-
-## Data and licence
-
-The sources of the standard library of Python {sysconfig.get_python_version()}, its tests included,
-and nothing else. Files that carry a licence of their own, generated files, data tables and
-near-duplicates were left out. The text is under the PSF License Version 2 (see `LICENSE-python.txt`;
-Copyright (c) 2001 and later, Python Software Foundation; All Rights Reserved), and so are the
-excerpts here: `held_out.txt` from held-out modules and `calibration.txt` from training modules.
-
-Held out, together with their tests: {modules}.
-
-## Measurements on `held_out.txt`
-
-In float32 under transformers; windows are independent of each other.
-
-| window | loss, nats per token | bits per byte |
-| --- | --- | --- |
-| {recipe.short} | {short.loss:.3f} | {short.bits_per_byte:.3f} |
-| {shape.context} | {full.loss:.3f} | {full.bits_per_byte:.3f} |
-
-During training, on a sample of all held-out files: {float(log["held_out_loss"]):.3f} nats per token.
-Routers, per layer (entropy of the choice per token in nats, of at most
-{math.log(shape.experts):.2f}; load of the most and of the least used expert relative to the mean):
-
-{_row(["layer", *map(str, layers)])}
-{_row(["---"] * (shape.layers + 1))}
-{_row(["entropy", *(f"{full.entropy[i]:.2f}" for i in layers)])}
-{_row(["most used", *(f"{full.imbalance[i]:.2f}" for i in layers)])}
-{_row(["least used", *(f"{full.least[i]:.2f}" for i in layers)])}
-
-## Recipe
-
-`{HERE}` made every file here. Muon for the matrices (learning rate {recipe.muon_lr}), AdamW for the
-embedding and norms ({recipe.adam_lr}) and the routers ({recipe.router_lr}), weight decay
-{recipe.weight_decay}; {recipe.batch_tokens} tokens per step; {recipe.warmup_steps} steps of warm-up,
-linear decay over the last {1 - recipe.decay_from:.0%} of the time; sequences of {recipe.short}
-tokens, of {shape.context} in the last {1 - recipe.long_from:.0%} of the time. The routers' losses:
-load balance ({recipe.router.balance}), entropy of the mean choice ({recipe.router.diversity}),
-entropy per token above {recipe.router.entropy_target} nats ({recipe.router.entropy}), squared
-logsumexp ({recipe.router.z}). `training_log.csv` has the course of it.
-
-A greedy continuation:
-
-```python
-{continuation(out, "def read_file(path):")}
-```
-"""
-
-
-def export(
-    job: Job, corpus: demo_corpus.Corpus, tokenizer: Tokenizer, out: Path, machine: str
-) -> None:
-    """Writes the model, its card and the texts that go with it.
-
-    Args:
-        job: The finished training.
-        corpus: Its corpus.
-        tokenizer: Its tokenizer.
-        out: Directory to write to.
-        machine: The kind of machine it was trained on.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    save_model(job.shape, job.recipe, trained_weights(job.work), tokenizer, out)
-    shutil.copyfile(job.work / "training_log.csv", out / "training_log.csv")
-    licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
-    if licence.exists():
-        shutil.copyfile(licence, out / "LICENSE-python.txt")
-    held_out = demo_corpus.interleaved(corpus.held_out, 2000, 50_000)
-    demo_corpus.write_sample(out / "held_out.txt", held_out, 190_000)
-    calibration = [d for d in corpus.train if 2000 <= len(d.text) <= 12_000]
-    demo_corpus.write_sample(out / "calibration.txt", calibration, 145_000)
-    (out / "README.md").write_text(model_card(job, out, machine), encoding="utf-8")
 
 
 def prepare(
@@ -743,7 +547,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     corpus, tokenizer = prepare(args.source, args.work, shape.vocab, args.resume)
     train(job)
-    export(job, corpus, tokenizer, args.out, args.machine)
+    torch.set_num_threads(os.cpu_count() or 1)
+    weights = trained_weights(args.work)
+    log = args.work / "training_log.csv"
+    demo_export.export(shape, weights, corpus, tokenizer, log, args.out)
+    recipe_text = recipe.describe(shape)
+    card = demo_export.model_card(shape, recipe.short, recipe_text, args.machine, args.out)
+    (args.out / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
@@ -315,6 +315,11 @@ class TinyCheckpoint:
     extra_inputs: dict[str, Tensor] = field(default_factory=dict)
     dequantise: FineGrainedFP8Config | Mxfp4Config | None = None
 
+    @property
+    def arch(self) -> str:
+        """Name of the architecture's package in transformers.models."""
+        return self.model_class.__module__.split(".")[-2]
+
     def load_reference(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Load the model as transformers does, all of it in memory, with eager experts."""
         quantisation = {"quantization_config": self.dequantise} if self.dequantise else {}
@@ -325,6 +330,10 @@ class TinyCheckpoint:
             model = self.model_class.from_pretrained(
                 self.path, experts_implementation="eager", dtype=dtype, **quantisation
             )
+        # Weights mapped from the file start at any multiple of 8 bytes, and torch's product of
+        # one float32 row with a matrix rounds differently where that is no multiple of 16.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
         return model.eval()
 
 
@@ -541,8 +550,8 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
 def _save(model: PreTrainedModel, path: Path) -> TinyCheckpoint:
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     model.save_pretrained(path, max_shard_size=size // 3)
-    arch = type(model).__module__.split(".")[-2]
-    return TinyCheckpoint(path, type(model), prompt(), extra_inputs(arch))
+    checkpoint = TinyCheckpoint(path, type(model), prompt())
+    return replace(checkpoint, extra_inputs=extra_inputs(checkpoint.arch))
 
 
 def _shards(path: Path) -> list[Path]:

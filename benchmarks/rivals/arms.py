@@ -53,7 +53,7 @@ class LlamaCpp:
 
     The binding has no call for one decoding step. A completion request of one token whose prompt is
     the previous one plus a token evaluates exactly that token, because the KV cache of the common
-    prefix is kept; the token sampled at the end costs no evaluation. `step` checks both in the
+    prefix is kept; the token sampled at the end costs no evaluation. `top` checks both in the
     server's own counts. What the request itself costs was measured at half a millisecond.
     """
 
@@ -84,30 +84,32 @@ class LlamaCpp:
 
     def prefill(self, tokens: list[int]) -> int:
         """Evaluate the prompt."""
-        self._tokens = list(tokens)
-        return self._complete(num_new=len(tokens))
+        self._tokens = []
+        return self.top(tokens)[0][0]
 
     def step(self, token: int) -> int:
         """Evaluate one more token."""
-        self._tokens.append(token)
-        return self._complete(num_new=1)
+        return self.top([token])[0][0]
 
-    def _complete(self, num_new: int) -> int:
+    def top(self, new: list[int], count: int = 1) -> list[tuple[int, float]]:
+        """Evaluate more tokens; returns the likeliest next ones with their log-probabilities."""
+        self._tokens += new
         answer = self._server.handle_completions(
             {
                 "prompt": self._tokens,
                 "max_tokens": 1,
                 "temperature": 0,
                 "cache_prompt": True,
-                "logprobs": 1,
+                "logprobs": count,
             }
         )
         if "choices" not in answer:
             raise RuntimeError(f"llama.cpp refused: {answer}")
         timings = answer["timings"]
-        if (timings["prompt_n"], timings["predicted_n"]) != (num_new, 1):
-            raise RuntimeError(f"llama.cpp evaluated more than {num_new} new tokens: {timings}")
-        return int(answer["choices"][0]["logprobs"]["content"][0]["id"])
+        if (timings["prompt_n"], timings["predicted_n"]) != (len(new), 1):
+            raise RuntimeError(f"llama.cpp evaluated not just {len(new)} new tokens: {timings}")
+        (position,) = answer["choices"][0]["logprobs"]["content"]
+        return [(int(entry["id"]), entry["logprob"]) for entry in position["top_logprobs"]]
 
     def describe(self) -> dict[str, Any]:
         """Add which instruction sets this build of llama.cpp uses."""
@@ -234,8 +236,14 @@ class Foreload(_Transformers):
         return self._engine.make_cache()
 
     def describe(self) -> dict[str, Any]:
-        """Name the versions."""
-        return {"versions": installed_versions("torch", "transformers", "foreload")}
+        """Add what every "auto" came to, and the engine's counters."""
+        config = self._engine.config.to_dict()
+        config.pop("model", None)
+        return {
+            "versions": installed_versions("torch", "transformers", "foreload"),
+            "config": config,
+            "stats": self._engine.stats(),
+        }
 
 
 ENGINES: dict[str, type] = {
@@ -331,7 +339,7 @@ def main() -> None:
         sys.exit(MISSING_EXIT_CODE)
     result = measure(arm, spec["prompt"], spec["forced"])
     result.update(arm.describe())
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    Path(sys.argv[2]).write_text(json.dumps(result, default=str))
     # Nothing is left to save, and some servers take long to end.
     sys.stderr.flush()
     os._exit(0)

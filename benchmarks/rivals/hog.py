@@ -73,8 +73,8 @@ class MemoryHog:
         traceback: TracebackType | None,
     ) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            with self._process as process:
+                process.kill()
 
     @property
     def is_alive(self) -> bool:

@@ -205,7 +205,7 @@ def run_arm(
 
 def step_mean_s(sample: dict[str, Any], last: float = 1) -> float:
     """Average the seconds per decoded token, of all steps or of the last share of them."""
-    steps = sample["step_s"]
+    steps: list[float] = sample["step_s"]
     return statistics.fmean(steps[-max(1, round(len(steps) * last)) :])
 
 
@@ -333,7 +333,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--arms", default=",".join(DEFAULT_ARMS), help=f"of {', '.join(ARMS)}")
     add("--reference", default="foreload", help="arm the others are compared with")
     add("--leave-gib", type=float, default=5, help="memory left for engine and page cache; 0: all")
-    add("--expert-memory", default="3GiB", help="foreload's budget inside that")
+    add("--expert-memory", default="auto", help="foreload's budget inside that (default: its own)")
     add("--cpu-memory", default="3GiB", help="accelerate-auto's budget inside that")
     add("--experts-implementation", help="of transformers (default: its own)")
     add("--text", type=Path, default=held_out, help="held-out text (default: argparse.py)")
@@ -357,8 +357,10 @@ def parse_arguments() -> argparse.Namespace:
 def make_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """Collect what a reader of the results must know; no paths."""
     files = arguments.model.glob("*.safetensors")
-    kept = ("arms", "reference", "leave_gib", "expert_memory", "cpu_memory", "prompt", "decode")
-    kept += ("trials", "threads", "omp_wait_policy", "experts_implementation")
+    kept = (
+        *("arms", "reference", "leave_gib", "expert_memory", "cpu_memory", "prompt", "decode"),
+        *("trials", "threads", "omp_wait_policy", "experts_implementation"),
+    )
     return {
         **{key: getattr(arguments, key) for key in kept},
         "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
@@ -386,7 +388,9 @@ def check_disk(arguments: argparse.Namespace, model_bytes: int) -> None:
             raise SystemExit(f"accelerate copies {model_bytes} bytes, the disk has {free} free")
 
 
-def run_trials(arguments: argparse.Namespace, limiter: hog.MemoryHog | None) -> Iterable[dict]:
+def run_trials(
+    arguments: argparse.Namespace, limiter: hog.MemoryHog | None
+) -> Iterable[dict[str, Any]]:
     """Run all arms of all trials, interleaved, and yield each result."""
     tokens = read_tokens(arguments.model, arguments.text)
     windows = cut_windows(tokens, arguments.prompt, arguments.decode, arguments.trials)

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 DECODE_STEPS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# What transformers itself cannot run, in at least one of the supported versions.
+REFERENCE_MAY_FAIL = {
+    ("deepseek_v4", "bfloat16"): "transformers 5.17 multiplies float32 by bfloat16",
+}
+
 
 @pytest.fixture(scope="module", params=zoo.buildable_architectures())
 def checkpoint(
@@ -35,7 +40,12 @@ def checkpoint(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_equal_bit_for_bit(checkpoint: zoo.TinyCheckpoint, dtype: str) -> None:
     reference = checkpoint.load_reference(DTYPES[dtype])
-    expected = list(prefill_and_decode(reference, checkpoint))
+    try:
+        expected = list(prefill_and_decode(reference, checkpoint))
+    except RuntimeError as error:
+        if (checkpoint.arch, dtype) in REFERENCE_MAY_FAIL:
+            pytest.skip(f"{REFERENCE_MAY_FAIL[checkpoint.arch, dtype]}: {error}")
+        raise
     del reference
     with Engine.from_pretrained(
         checkpoint.path, expert_memory="50%", predictor="lookahead", dtype=dtype

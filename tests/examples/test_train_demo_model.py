@@ -102,6 +102,7 @@ def test_held_out_names(monkeypatch: pytest.MonkeyPatch, name: str, held_out: bo
     assert demo_corpus.is_held_out(name) is held_out
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled_and_transformers_losses_agree(
     monkeypatch: pytest.MonkeyPatch, trained: Path
 ) -> None:

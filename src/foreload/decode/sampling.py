@@ -31,7 +31,8 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     if config.temperature == 0:
         best = scores.argmax(-1, keepdim=True)
         return torch.zeros_like(scores).scatter_(-1, best, 1.0)
-    scores = scores / config.temperature
+    # The largest becomes 0, so that no temperature, however small, makes it overflow.
+    scores = (scores - scores.amax(-1, keepdim=True)) / config.temperature
     if 0 < config.top_k < scores.shape[-1]:
         least = scores.topk(config.top_k, -1).values[..., -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)

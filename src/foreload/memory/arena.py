@@ -5,6 +5,7 @@ Owns the bytes and nothing else: who is in which slot is the cache's business.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from typing import TYPE_CHECKING
@@ -89,8 +90,10 @@ class SlotArena:
                 setting="expert_memory",
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Fewer pages for direct reads to pin: 6 instead of 3,072 for a 12 MB expert.
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            # Fewer pages for direct reads to pin: 6 instead of 3,072 for a 12 MB expert. Kernels
+            # built without huge pages refuse the wish, and nothing is lost.
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ def _read_weight_map(folder: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map", hint=_REDOWNLOAD)
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or Path(file).name != file:
+        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
             raise CheckpointError(f"{path}: tensor {name!r} points at {file!r}, not a file name")
     return weight_map
 
@@ -331,7 +332,7 @@ def _check_weight_map(
                 f"{folder / INDEX_NAME} places tensor {name!r} in {file}, which does not hold it",
                 hint=_REDOWNLOAD,
             )
-        if Path(entry.path).name != file:
+        if os.path.basename(entry.path) != file:
             raise CheckpointError(
                 f"{folder / INDEX_NAME} places tensor {name!r} in {file}, but "
                 f"{Path(entry.path).name} holds it",

@@ -50,6 +50,7 @@ class DiskBackend:
         self._piece_bytes = piece_bytes
         self._preadv = preadv
         self._files: dict[str, _File] = {}
+        self._replaced: list[_File] = []
         self._lock = threading.Lock()
         self._local = threading.local()
 
@@ -86,9 +87,10 @@ class DiskBackend:
     def close(self) -> None:
         """Close the files; a later copy opens them again."""
         with self._lock:
-            for file in self._files.values():
+            for file in (*self._files.values(), *self._replaced):
                 os.close(file.descriptor)
             self._files.clear()
+            self._replaced.clear()
 
     def _copy_converted(self, plan: ExpertPlan, slot: int) -> int:
         if plan.convert is None:
@@ -148,6 +150,8 @@ class DiskBackend:
     def _reopen_buffered(self, path: str) -> None:
         with self._lock:
             if self._files[path].is_direct:
+                # Other threads may be reading from the direct one: it is closed with the rest.
+                self._replaced.append(self._files[path])
                 self._files[path] = _open_file(path, direct=False)
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LFU", "LRU", "Belady", "EvictionPolicy", "LeastStale", "NextUse", "make_eviction"]
 
+_LONG_AGO = -(10**12)
+"""Layer visit at which an expert that was never used counts as last used."""
+
 
 class EvictionPolicy(Protocol):
     """Estimates, for every expert, the tokens until its next use."""
@@ -44,12 +47,12 @@ class _Position:
         self.num_layers = num_layers
         self.num_experts = num_experts
         self.layer = num_layers - 1
-        self.time = 0.0
+        self.visits = 0
         self._layer_of = np.repeat(np.arange(num_layers), num_experts)
 
     def advance(self, layer: int) -> None:
-        """Move to `layer`; time grows by one per token-cycle."""
-        self.time += ((layer - self.layer - 1) % self.num_layers + 1) / self.num_layers
+        """Move to `layer`, counting the layers passed over; a token-cycle has `num_layers`."""
+        self.visits += (layer - self.layer - 1) % self.num_layers + 1
         self.layer = layer
 
     def layers_away(self) -> NDArray[np.float64]:
@@ -73,16 +76,16 @@ class LRU:
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._at = _Position(num_layers, num_experts)
-        self._last = np.full(num_layers * num_experts, -1e9)
+        self._last = np.full(num_layers * num_experts, _LONG_AGO)
 
     def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
         """Stamp the demanded experts with the present."""
         self._at.advance(layer)
-        self._last[self._at.flat(layer, list(counts))] = self._at.time
+        self._last[self._at.flat(layer, list(counts))] = self._at.visits
 
     def expected_wait(self) -> NDArray[np.float64]:
         """Give the tokens since last use."""
-        wait: NDArray[np.float64] = self._at.time - self._last
+        wait: NDArray[np.float64] = (self._at.visits - self._last) / self._at.num_layers
         return wait
 
 
@@ -115,16 +118,16 @@ class LeastStale:
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._at = _Position(num_layers, num_experts)
-        self._last = np.full(num_layers * num_experts, -1e9)
+        self._last = np.full(num_layers * num_experts, _LONG_AGO)
 
     def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
         """Stamp the demanded experts with the present."""
         self._at.advance(layer)
-        self._last[self._at.flat(layer, list(counts))] = self._at.time
+        self._last[self._at.flat(layer, list(counts))] = self._at.visits
 
     def expected_wait(self) -> NDArray[np.float64]:
         """Give whole cycles since last use, plus the way to the expert's layer."""
-        cycles = np.floor(self._at.time - self._last)
+        cycles = (self._at.visits - self._last) // self._at.num_layers
         wait: NDArray[np.float64] = cycles + self._at.layers_away()
         return wait
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foreload.errors import TransferError
-
     from foreload.memory.arena import SlotArena
     from foreload.memory.eviction import EvictionPolicy
     from foreload.memory.transfer import CopyBackend, Transfer
@@ -70,6 +69,7 @@ class ExpertTiers:
         self._failed: dict[ExpertKey, TransferError] = {}
         self._views: dict[ExpertKey, dict[str, Tensor]] = {}
         self._window = 2 * num_workers
+        self._demand: Demand | None = None
 
     def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
         """Learn the true routing at `layer` and call off prefetches that it proves wrong."""
@@ -85,8 +85,14 @@ class ExpertTiers:
         self.poll()
 
     def demand(self, layer: int, experts: Sequence[int]) -> Demand:
-        """Ask for experts of one layer; what is missing starts to come at once."""
-        return Demand(self, [ExpertKey(layer, expert) for expert in experts])
+        """Ask for experts of one layer; what is missing starts to come at once.
+
+        There is one demand at a time: what an abandoned one still holds is let go.
+        """
+        self._drop_demand()
+        self._demand = Demand(self)
+        self._demand.ask([ExpertKey(layer, expert) for expert in experts])
+        return self._demand
 
     def prefetch(self, key: ExpertKey, *, expected_wait: float, order: float) -> bool:
         """Start to bring an absent expert on a guess; False where that would not pay.
@@ -143,16 +149,24 @@ class ExpertTiers:
 
     def flush(self) -> None:
         """Empty the tier: cancel what is on its way, evict the rest."""
+        self._drop_demand()
         for transfer in list(self._open.values()):
             self._transfers.cancel(transfer)
         self.wait_idle()
-        for key in self.cache.keys():
+        residents = self.cache.keys()
+        for key in residents:
             self._evict(key)
 
     def close(self) -> None:
         """Cancel all copies and stop the threads."""
         self._transfers.close()
         self.poll()
+
+    def _drop_demand(self) -> None:
+        """Unpin what a demand holds that was never iterated, or not to its end."""
+        if self._demand is not None:
+            self._demand.release()
+            self._demand = None
 
     def _plan(self, key: ExpertKey) -> ExpertPlan:
         return self._plans[key.layer][key.expert]
@@ -167,7 +181,12 @@ class ExpertTiers:
             self._forget(reservation.evicted)
         self._failed.pop(key, None)
         plan = self._plan(key)
-        self._open[key] = self._transfers.submit(key, plan, reservation.slot, priority, order=order)
+        try:
+            transfer = self._transfers.submit(key, plan, reservation.slot, priority, order=order)
+        except BaseException:
+            self.cache.abort(key)
+            raise
+        self._open[key] = transfer
         return True
 
     def _book(self, finished: Sequence[Transfer]) -> None:
@@ -215,11 +234,15 @@ class Demand:
         CapacityError: While iterating: not one slot can be had.
     """
 
-    def __init__(self, tiers: ExpertTiers, keys: Sequence[ExpertKey]) -> None:
+    def __init__(self, tiers: ExpertTiers) -> None:
         self._tiers = tiers
         self._ready: deque[ExpertKey] = deque()
         self._coming: list[ExpertKey] = []
         self._missing: deque[ExpertKey] = deque()
+
+    def ask(self, keys: Sequence[ExpertKey]) -> None:
+        """Pin what is readable, hurry what is on its way, start what is missing; count each."""
+        tiers = self._tiers
         metrics = tiers._metrics
         for key in keys:
             match tiers.cache.lookup(key):
@@ -255,8 +278,12 @@ class Demand:
                     tiers._evict(key)
                 self._collect()
         finally:
-            while self._ready:
-                tiers.cache.unpin(self._ready.popleft())
+            self.release()
+
+    def release(self) -> None:
+        """Unpin what was not consumed; copies on their way go on."""
+        while self._ready:
+            self._tiers.cache.unpin(self._ready.popleft())
 
     def _await_arrival(self) -> None:
         self._collect()

@@ -10,18 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from foreload.errors import CheckpointError, ForeloadError
-from foreload.memory.checkpoint import CheckpointIndex, TensorEntry
+from foreload.memory.checkpoint import CheckpointIndex
 from foreload.model.architecture import (
     Architecture,
     build_meta_model,
@@ -29,13 +23,19 @@ from foreload.model.architecture import (
     quiet_transformers,
     read_architecture,
 )
+from foreload.model.conversion import conversion_mapping
+from foreload.model.dense import Progress, lazy_tensors
 from foreload.model.describe import CheckpointReport, describe
 from foreload.model.plans import CheckpointPlan, plan_checkpoint
-from foreload.model.recipes import torch_dtype
 from foreload.model.sites import MoeSite, discover_sites, expert_parameters
 from foreload.model.spec import make_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
     from foreload.types import ExpertPlan, ModelSpec
 
 __all__ = [
@@ -56,8 +56,6 @@ logger = logging.getLogger(__name__)
 
 EXPERTS_IMPLEMENTATION = "foreload"
 _RUN_ATTRIBUTE = "_foreload_run"
-
-Progress = Callable[[int, int], None]
 
 
 class RunExperts(Protocol):
@@ -233,12 +231,10 @@ def _streaming_class(architecture: Architecture) -> type[Any]:
         model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if quantizer is not None:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-
             load_config = dataclasses.replace(
                 load_config,
                 hf_quantizer=quantizer,
-                weight_mapping=get_model_conversion_mapping(model, hf_quantizer=quantizer),
+                weight_mapping=conversion_mapping(model, quantizer),
             )
         return base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
 
@@ -263,8 +259,7 @@ def _load_dense(
     _register()
     config = copy.deepcopy(architecture.config)
     config._experts_implementation = EXPERTS_IMPLEMENTATION
-    reader = _DenseReader([index[name] for name in plan.dense_names], progress)
-    slices = {name: _LazyTensor(index[name], reader) for name in plan.dense_names}
+    slices = lazy_tensors({name: index[name] for name in plan.dense_names}, progress)
     try:
         model, info = _streaming_class(architecture).from_pretrained(
             None,
@@ -290,58 +285,6 @@ def _load_dense(
     model.__class__ = architecture.model_class
     model.config.name_or_path = str(index.directory)
     return model
-
-
-class _DenseReader:
-    """Reads dense tensors for transformers' loader threads and counts the bytes."""
-
-    def __init__(self, entries: Sequence[TensorEntry], progress: Progress | None) -> None:
-        self._total = sum(entry.num_bytes for entry in entries)
-        self._done = 0
-        self._progress = progress
-        self._lock = threading.Lock()
-
-    def read(self, entry: TensorEntry) -> Tensor:
-        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-        with open(entry.path, "rb", buffering=0) as stream:
-            stream.seek(entry.offset)
-            view, position = memoryview(cast("bytearray", data.numpy())), 0
-            while position < entry.num_bytes:
-                count = stream.readinto(view[position:])
-                if not count:
-                    raise CheckpointError(
-                        f"{entry.path}: ends inside a tensor", hint="download the file again"
-                    )
-                position += count
-        with self._lock:
-            self._done += entry.num_bytes
-            if self._progress is not None:
-                self._progress(self._done, self._total)
-        return data.view(torch_dtype(entry.dtype)).view(entry.shape)
-
-
-class _LazyTensor:
-    """A tensor transformers has not asked for yet; looks like safetensors' slices."""
-
-    def __init__(self, entry: TensorEntry, reader: _DenseReader) -> None:
-        self._entry = entry
-        self._reader = reader
-        self.dtype = torch_dtype(entry.dtype)
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return self._reader.read(self._entry)[key]
-
-    def get_shape(self) -> list[int]:
-        return list(self._entry.shape)
-
-    def get_dtype(self) -> str:
-        return self._entry.dtype
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
-    def numel(self) -> int:
-        return math.prod(self._entry.shape)
 
 
 def _settle_dtypes(model: Any, meta: Any) -> None:

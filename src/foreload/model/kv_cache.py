@@ -57,10 +57,15 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 def _with_room(buffer: Tensor | None, held: Tensor, new: Tensor, used: int) -> Tensor:
     """Give a buffer that begins with `held` and has room for `new` behind it."""
     needed = used + new.shape[-2]
-    if buffer is not None and buffer.shape[-2] >= needed:
-        # After a reorder or selection `held` is a tensor of its own: the buffer is stale.
-        if used and held.data_ptr() == buffer.data_ptr() and held.shape[:2] == buffer.shape[:2]:
-            return buffer
+    # After a reorder or a selection `held` is a tensor of its own: the buffer is stale.
+    is_current = (
+        buffer is not None
+        and used > 0
+        and held.data_ptr() == buffer.data_ptr()
+        and held.shape[:2] == buffer.shape[:2]
+    )
+    if buffer is not None and is_current and buffer.shape[-2] >= needed:
+        return buffer
     capacity = max(_FIRST_CAPACITY, 2 * used, needed)
     grown = torch.empty(
         (*new.shape[:-2], capacity, new.shape[-1]), dtype=new.dtype, device=new.device

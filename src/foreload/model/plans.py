@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from foreload.errors import CheckpointError, UnsupportedModelError
+from foreload.model.conversion import conversion_mapping
 from foreload.model.recipes import ConvertExpert, Recipe, Source, derive_recipe, torch_dtype
 from foreload.model.sites import MoeSite, expert_parameters
 from foreload.types import ExpertPlan, ExpertTensor, Span
@@ -159,7 +160,6 @@ def _collect_targets(
 def _match_names(
     model: Any, index: CheckpointIndex, targets: Mapping[str, _Target], quantizer: Any | None
 ) -> tuple[list[str], list[str]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -167,7 +167,7 @@ def _match_names(
         rename_source_key,
     )
 
-    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    mapping = conversion_mapping(model, quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {p: entry for entry in converters for p in entry.source_patterns}

@@ -193,7 +193,8 @@ def _find_router(
             if type(module) in classes:
                 return module
     for scope in (block, decoder):
-        for name, module in scope.named_modules():
+        named: Iterable[tuple[str, nn.Module]] = scope.named_modules()
+        for name, module in named:
             if name.rpartition(".")[2] in _ROUTER_NAMES:
                 return module
     return None
@@ -211,6 +212,8 @@ def _find_top_k(experts: nn.Module, block: nn.Module, model: nn.Module) -> int |
     for config in configs:
         for name in _TOP_K_NAMES:
             value = getattr(config, name, None)
+            if isinstance(value, list) and value:
+                value = max(value)
             if isinstance(value, int) and value > 0:
                 return value
     return None

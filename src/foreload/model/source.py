@@ -54,7 +54,7 @@ def resolve_model(name: str) -> Path:
     if name == DEMO_NAME:
         return _find_demo()
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if folder.is_file():
         raise CheckpointError(

@@ -47,7 +47,11 @@ class MeasuredChoice:
             for index, guess in enumerate(guesses):
                 self._right[index] += len(true.intersection(guess))
         answers = [candidate.predict(event) for candidate in self._candidates]
-        self._pending[event.layer + 1] = [
-            answer[0].experts[: answer[0].num_expected] if answer else () for answer in answers
-        ]
+        self._pending[event.layer + 1] = [_one_ahead(answer, event.layer + 1) for answer in answers]
         return answers[self._candidates.index(self.chosen)]
+
+
+def _one_ahead(answer: list[Prediction], layer: int) -> tuple[int, ...]:
+    """Give as many experts as `layer` is expected to demand; none where nothing was said of it."""
+    guesses = [guess for guess in answer if guess.layer == layer]
+    return guesses[0].experts[: guesses[0].num_expected] if guesses else ()

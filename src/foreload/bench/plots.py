@@ -1,0 +1,107 @@
+"""Figures of a suite's results: TPOT by arm against the limits, and where one token's time goes."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from foreload.bench.report import belady_limit_s, wire_limit_s
+from foreload.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from foreload.bench.measure import Sample
+    from foreload.bench.report import BudgetLimits
+    from foreload.metrics import Timeline
+
+__all__ = ["plot_timeline", "plot_tpot"]
+
+_LANES = {"disk": "#4878a8", "compute": "#6a9f58", "stall": "#c44e52"}
+
+
+def plot_tpot(samples: Sequence[Sample], limits: Sequence[BudgetLimits], output: Path) -> None:
+    """Draw one figure per budget: every arm's TPOT, its range, and both limits."""
+    for budget in sorted({limit.budget for limit in limits}):
+        here = [limit for limit in limits if limit.budget == budget]
+        own = [s for s in samples if s.budget in (budget, 1.0) and s.is_equal]
+        names = list(dict.fromkeys(sample.arm for sample in own))
+        times = [[s.tpot_s * 1e3 for s in own if s.arm == name] for name in names]
+        middle = [statistics.median(values) for values in times]
+        figure, axes = _figure(8, 0.5 + 0.4 * len(names))
+        low = [m - min(v) for m, v in zip(middle, times, strict=True)]
+        high = [max(v) - m for m, v in zip(middle, times, strict=True)]
+        axes.barh(names, middle, xerr=[low, high], color="#8fb0d0", ecolor="#444444", capsize=3)
+        for label, values, style in (
+            ("wire limit (next-use)", [wire_limit_s(x, "next-use") * 1e3 for x in here], "-"),
+            ("Belady limit", [belady_limit_s(x) * 1e3 for x in here], "--"),
+        ):
+            axes.axvline(statistics.median(values), linestyle=style, color="#333333", label=label)
+        axes.invert_yaxis()
+        axes.set_xlabel("ms per token (median, range over trials)")
+        axes.set_title(f"{budget:.0%} of the experts' memory")
+        axes.legend(loc="lower right", fontsize=8)
+        _save(figure, output / f"tpot-{budget * 100:.0f}.png")
+
+
+def plot_timeline(timeline: Timeline, step_s: Sequence[float], path: Path, *, title: str) -> None:
+    """Draw one typical token: what the disk, the computation and the waiting did.
+
+    Args:
+        timeline: Spans of a whole decode.
+        step_s: Its step times, in order; the step nearest the median is drawn.
+        path: Where the PNG goes.
+        title: Name of the arm.
+    """
+    spans = timeline.spans
+    if not spans:
+        return
+    begin, end = _typical_step(timeline, step_s)
+    figure, axes = _figure(9, 2.2)
+    for row, (lane, colour) in enumerate(_LANES.items()):
+        bars = [
+            (
+                (max(s.start_s, begin) - begin) * 1e3,
+                (min(s.end_s, end) - max(s.start_s, begin)) * 1e3,
+            )
+            for s in spans
+            if s.lane == lane and s.end_s > begin and s.start_s < end
+        ]
+        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colour, alpha=0.75)
+    axes.set_yticks(range(len(_LANES)), list(_LANES))
+    axes.set_xlim(0, (end - begin) * 1e3)
+    axes.set_xlabel("ms")
+    axes.set_title(f"one token: {title}")
+    _save(figure, path)
+
+
+def _typical_step(timeline: Timeline, step_s: Sequence[float]) -> tuple[float, float]:
+    """Give begin and end of the step nearest the median duration."""
+    compute = [span for span in timeline.spans if span.lane == "compute"]
+    starts = []
+    last_layer = 1 << 30
+    for span in compute:
+        layer = int(span.name.split(".")[0])
+        if layer < last_layer:
+            starts.append(span.start_s)
+        last_layer = layer
+    starts.append(max(span.end_s for span in timeline.spans))
+    lengths = [b - a for a, b in itertools.pairwise(starts)]
+    wanted = statistics.median(step_s)
+    best = min(range(len(lengths)), key=lambda i: abs(lengths[i] - wanted))
+    return starts[best], starts[best + 1]
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,0 +1,113 @@
+"""`foreload chat`: a terminal conversation with the model's chat template."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from foreload.cli.options import ENGINE, SAMPLING, CacheDirOption, ModelArgument
+from foreload.cli.statistics import config_line, statistics_line
+from foreload.cli.streaming import open_engine, stream_answer
+from foreload.cli.terminal import Terminal
+from foreload.cli.verb import INTERRUPTED, verb
+from foreload.config import EngineConfig, SamplingConfig
+from foreload.errors import ConfigError, ForeloadError
+
+__all__ = ["chat"]
+
+_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends an answer"
+
+SystemOption = Annotated[
+    str | None, typer.Option(help="System message the conversation opens with.")
+]
+
+
+@verb(ENGINE, SAMPLING)
+def chat(
+    terminal: Terminal,
+    settings: EngineConfig,
+    sampling: SamplingConfig,
+    model: ModelArgument = EngineConfig().model,
+    system: SystemOption = None,
+    cache_dir: CacheDirOption = None,
+) -> None:
+    """Talk to a model in the terminal.
+
+    Ctrl-C ends an answer, not the conversation; /exit or Ctrl-D ends it. With --json the
+    conversation goes to stderr, and the object holds its messages and statistics.
+    """
+    with open_engine(terminal, settings.with_values(model=model), cache_dir) as engine:
+        if not getattr(engine.tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"{model} has no chat template: it completes text, it does not converse",
+                hint=f"try `foreload generate {model} -p ...`",
+            )
+        terminal.note(config_line(engine))
+        terminal.note(_HELP)
+        talk = _Conversation(terminal, engine, sampling, system)
+        talk.run()
+        config = engine.config.to_dict() | {"sampling": asdict(sampling)}
+    terminal.print_json({"messages": talk.messages, "stats": talk.stats, "config": config})
+
+
+class _Conversation:
+    def __init__(
+        self, terminal: Terminal, engine: Any, sampling: SamplingConfig, system: str | None
+    ) -> None:
+        self._terminal = terminal
+        self._engine = engine
+        self._sampling = sampling
+        self._opening = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, str]] = list(self._opening)
+        self.stats: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Take turns until the user has had enough."""
+        while (text := self._ask()) is not None:
+            match text.strip():
+                case "":
+                    continue
+                case "/exit" | "/quit":
+                    return
+                case "/reset":
+                    self.messages = list(self._opening)
+                    self._say("the conversation is forgotten\n")
+                case "/help":
+                    self._say(_HELP + "\n")
+                case command if command.startswith("/") and " " not in command:
+                    self._say(f"there is no {command}: {_HELP}\n")
+                case _:
+                    self._answer(text)
+
+    def _ask(self) -> str | None:
+        """Read the user's next line; None at the end."""
+        for is_second in (False, True):
+            try:
+                # input() would put its own prompt on stdout.
+                self._terminal.err.print("> ", style="bold cyan", end="")
+                return input()
+            except EOFError:
+                self._say("\n")
+                return None
+            except KeyboardInterrupt:
+                if is_second:
+                    raise
+                self._say("\n" + _HELP + "\n")
+        raise typer.Exit(INTERRUPTED)
+
+    def _answer(self, text: str) -> None:
+        prompt = [*self.messages, {"role": "user", "content": text}]
+        show = self._say if self._terminal.is_json else self._terminal.write
+        try:
+            result = stream_answer(self._engine, prompt, self._sampling, show)
+        except ForeloadError as error:
+            # The engine stays usable: the question is dropped, the conversation goes on.
+            self._terminal.error(str(error), error.hint)
+            return
+        show("\n")
+        self.messages = [*prompt, {"role": "assistant", "content": result.text}]
+        self.stats.append(result.stats.to_dict())
+        self._terminal.note(statistics_line(result.stats, result.finish_reason))
+
+    def _say(self, text: str) -> None:
+        self._terminal.err.print(text, end="", markup=False, soft_wrap=True)

@@ -1,0 +1,99 @@
+"""Write settings and statistics for people: milliseconds, percent, GiB."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from foreload.config import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from foreload.engine import Engine
+    from foreload.metrics import RequestStats
+
+__all__ = ["comparison_table", "config_line", "ratios", "statistics_line"]
+
+
+def config_line(engine: Engine) -> str:
+    """Give the resolved settings in one line."""
+    config, spec = engine.config, engine.spec
+    share = engine.expert_memory_bytes / spec.total_expert_bytes
+    predictor = engine.runtime.predictor
+    guessed_by = config.predictor
+    if predictor is not None and predictor.name != guessed_by:
+        guessed_by = f"{guessed_by} ({predictor.name})"
+    return ", ".join(
+        (
+            f"{config.model}: {spec.architecture}",
+            config.dtype,
+            f"device {config.device}",
+            f"expert memory {format_bytes(engine.expert_memory_bytes)} "
+            f"({_percent(share)} of all experts)",
+            f"predictor {guessed_by}",
+            f"eviction {config.eviction}",
+        )
+    )
+
+
+def statistics_line(stats: RequestStats, finish_reason: str) -> str:
+    """Give a request's statistics in one line."""
+    parts = [
+        f"{stats.num_output_tokens} tokens ({finish_reason})",
+        f"TTFT {_seconds(stats.ttft_s)}",
+        f"TPOT {_seconds(stats.tpot_s)}",
+        f"hit rate {_percent(stats.hit_rate)}",
+        f"read {format_bytes(stats.bytes_moved)}",
+        f"stalled {_percent(stats.stall_fraction)}",
+    ]
+    if stats.bytes_per_token is not None:
+        parts[-2] += f" ({format_bytes(stats.bytes_per_token)} per token)"
+    return ", ".join(parts)
+
+
+def comparison_table(ours: RequestStats, on_demand: RequestStats) -> Table:
+    """Set a run beside the same run on demand."""
+    from rich.table import Table
+
+    table = Table(caption="on demand: nothing is prefetched, no expert is kept")
+    table.add_column("")
+    for name in ("TTFT", "TPOT", "hit rate", "bytes read"):
+        table.add_column(name, justify="right")
+    for name, stats in (("foreload", ours), ("on demand", on_demand)):
+        table.add_row(
+            name,
+            _seconds(stats.ttft_s),
+            _seconds(stats.tpot_s),
+            _percent(stats.hit_rate),
+            format_bytes(stats.bytes_moved),
+        )
+    ratio = {name: _factor(value) for name, value in ratios(ours, on_demand).items()}
+    table.add_section()
+    table.add_row(
+        "on demand / foreload", ratio["ttft_s"], ratio["tpot_s"], "", ratio["bytes_moved"]
+    )
+    return table
+
+
+def ratios(ours: RequestStats, on_demand: RequestStats) -> dict[str, float | None]:
+    """Give on demand / foreload: above 1 foreload is faster, or reads less."""
+    result: dict[str, float | None] = {}
+    for name in ("ttft_s", "tpot_s", "bytes_moved"):
+        mine: Any = getattr(ours, name)
+        other: Any = getattr(on_demand, name)
+        result[name] = other / mine if mine and other is not None else None
+    return result
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value * 100:.1f} %"
+
+
+def _factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"

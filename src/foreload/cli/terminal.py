@@ -1,0 +1,114 @@
+"""Where a verb's words go: results to stdout, everything else to stderr.
+
+With `--json` stdout carries one JSON object and nothing else. Bars and spinners appear only where
+stderr is a terminal. Nothing here knows what the verbs do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from rich.console import RenderableType
+    from rich.progress import TaskID
+
+    Report = Callable[[str, int, int], None]
+
+__all__ = ["Terminal"]
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """The two streams of a verb, and how much of them is wanted.
+
+    Attributes:
+        is_json: Whether stdout is reserved for one JSON object.
+        is_quiet: Whether settings, statistics and bars are left out.
+        is_debug: Whether errors come with tracebacks.
+        out: Results.
+        err: Everything else.
+    """
+
+    is_json: bool = False
+    is_quiet: bool = False
+    is_debug: bool = False
+    out: Console = field(default_factory=lambda: Console(highlight=False))
+    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+
+    def write(self, text: str) -> None:
+        """Write a piece of generated text to stdout at once, unless stdout is for JSON."""
+        if not self.is_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def show(self, result: RenderableType) -> None:
+        """Print a result for people to stdout, unless stdout is for JSON."""
+        if not self.is_json:
+            self.out.print(result, markup=False)
+
+    def print_json(self, values: dict[str, Any]) -> None:
+        """Print the JSON object to stdout, if it was asked for."""
+        if self.is_json:
+            sys.stdout.write(json.dumps(values) + "\n")
+            sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Print a line beside the result to stderr, unless quiet."""
+        if not self.is_quiet:
+            self.err.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def error(self, message: str, hint: str | None = None) -> None:
+        """Print what went wrong in one line, and below it what to do."""
+        self.err.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        if hint:
+            self.err.print(f"hint: {hint}", markup=False, soft_wrap=True)
+
+    @property
+    def has_bars(self) -> bool:
+        """Tell whether progress may be drawn."""
+        return self.err.is_interactive and not self.is_quiet
+
+    def status(self, text: str) -> AbstractContextManager[Any]:
+        """Spin beside `text` while the block runs."""
+        return self.err.status(text) if self.has_bars else nullcontext()
+
+    @contextmanager
+    def progress(self, *, is_bytes: bool = False) -> Iterator[Report]:
+        """Draw one bar per stage; give the function that takes (stage, done, total).
+
+        The bars start with the first report: before it, others may draw theirs.
+        """
+        from rich import progress
+
+        amount = progress.DownloadColumn(True) if is_bytes else progress.MofNCompleteColumn()
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            amount,
+            progress.TimeRemainingColumn(),
+        )
+        bars = progress.Progress(*columns, console=self.err, transient=True)
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if not self.has_bars:
+                return
+            if stage not in tasks:
+                bars.start()
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        try:
+            yield report
+        finally:
+            if tasks:
+                bars.stop()

@@ -1,0 +1,85 @@
+"""Replays a trace through the engine's own cache: what any policy would have missed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from foreload.memory.cache import ExpertCache
+from foreload.memory.eviction import Belady, make_eviction
+from foreload.types import ExpertKey, Lookup
+
+if TYPE_CHECKING:
+    from foreload.trace.record import RoutingTrace
+
+__all__ = ["ReplayCounts", "replay"]
+
+
+class ReplayCounts(NamedTuple):
+    """Lookups and hits of the replayed steps."""
+
+    num_hits: int
+    num_lookups: int
+
+    @property
+    def num_misses(self) -> int:
+        """Give lookups that were not hits."""
+        return self.num_lookups - self.num_hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Give hits / lookups."""
+        return self.num_hits / self.num_lookups if self.num_lookups else 0.0
+
+
+def replay(
+    trace: RoutingTrace, num_slots: int, eviction: str, *, count_from: int = 0
+) -> ReplayCounts:
+    """Run a trace through a cache without prefetching, from empty.
+
+    Args:
+        trace: Recorded routing.
+        num_slots: Slots of the cache.
+        eviction: A policy's name, "belady" for the best possible, "none" to keep nothing.
+        count_from: First step that is counted; earlier ones only fill the cache.
+    """
+    if eviction == "belady":
+        policy = Belady(trace.num_layers, trace.num_experts, trace.demands())
+    else:
+        policy = make_eviction(eviction, trace.num_layers, trace.num_experts)
+    cache = ExpertCache(num_slots, trace.num_layers, trace.num_experts, policy)
+    hits = lookups = 0
+    for step, visits in enumerate(trace.steps):
+        for layer, visit in enumerate(visits):
+            cache.observe(
+                layer, dict(zip(visit.experts, visit.counts, strict=True)), visit.num_tokens
+            )
+            keys = [ExpertKey(layer, expert) for expert in visit.experts]
+            resident = [key for key in keys if cache.lookup(key) is Lookup.HIT]
+            if step >= count_from:
+                hits += len(resident)
+                lookups += len(keys)
+            _serve(cache, keys, resident, keep=eviction != "none")
+    return ReplayCounts(hits, lookups)
+
+
+def _serve(
+    cache: ExpertCache, keys: list[ExpertKey], resident: list[ExpertKey], *, keep: bool
+) -> None:
+    """Serve one layer as the engine does: residents are protected until they are consumed."""
+    for key in resident:
+        cache.pin(key)
+    waiting = list(resident)
+    for key in keys:
+        if cache.lookup(key) is not Lookup.MISS:
+            continue
+        while cache.reserve(key) is None:
+            cache.unpin(waiting.pop(0))
+        cache.commit(key)
+        cache.pin(key)
+        waiting.append(key)
+    for key in waiting:
+        cache.unpin(key)
+    if not keep:
+        for key in keys:
+            if cache.lookup(key) is Lookup.HIT:
+                cache.evict(key)

@@ -1,0 +1,227 @@
+"""Stand-ins for disks, models and predictors, and the invariants every test may check."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from foreload.config import EngineConfig
+from foreload.engine import Engine, resolve
+from foreload.memory.arena import SlotArena, slot_bytes
+from foreload.memory.disk import DiskBackend
+from foreload.memory.eviction import make_eviction
+from foreload.memory.tiers import ExpertTiers
+from foreload.metrics import Metrics, Timeline
+from foreload.model.hf import load_model, load_tokenizer
+from foreload.types import ExpertKey, ExpertPlan, ExpertTensor, Prediction, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from foreload.memory.eviction import EvictionPolicy
+    from foreload.types import Predictor, RoutingEvent
+
+T = TypeVar("T")
+
+PATIENCE_S = 30.0
+"""How long a test waits for something that should take milliseconds."""
+
+
+def finish(work: Callable[[], T], *, within_s: float = PATIENCE_S) -> T:
+    """Run `work` on a thread of its own; fail instead of hanging."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(within_s)
+    if thread.is_alive():
+        raise AssertionError(f"still running after {within_s} s")
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def make_plan(key: ExpertKey, num_bytes: int = 16) -> ExpertPlan:
+    """Plan an expert whose file is called like the expert, "layer.expert"."""
+    span = Span(f"{key.layer}.{key.expert}", 0, num_bytes)
+    tensor = ExpertTensor("weight", "float32", (num_bytes // 4,), num_bytes, span=0, start=0)
+    return ExpertPlan((span,), (tensor,))
+
+
+def make_plans(num_layers: int, num_experts: int) -> list[list[ExpertPlan]]:
+    """Plan all experts of a small model."""
+    return [
+        [make_plan(ExpertKey(layer, expert)) for expert in range(num_experts)]
+        for layer in range(num_layers)
+    ]
+
+
+def mark_of(key: ExpertKey) -> float:
+    """Give the number that the fake disks write into an expert's weights."""
+    return 1000.0 * key.layer + key.expert + 1
+
+
+class InstantBackend:
+    """Copies at once; every weight of an expert becomes its `mark_of`."""
+
+    def __init__(self, arena: SlotArena, *, pieces: int = 1) -> None:
+        self.arena = arena
+        self.pieces = pieces
+        self.failing: set[str] = set()
+        self.copied: list[str] = []
+        self.is_closed = False
+        self._lock = threading.Lock()
+
+    def num_pieces(self, plan: ExpertPlan) -> int:
+        return self.pieces
+
+    def copy_piece(self, plan: ExpertPlan, slot: int, piece: int) -> int:
+        name = plan.spans[0].path
+        if name in self.failing:
+            raise OSError(5, "Input/output error")
+        if piece == self.pieces - 1:
+            layer, expert = map(int, name.split("."))
+            values = self.arena.tensors(slot, plan)["weight"]
+            values.fill_(mark_of(ExpertKey(layer, expert)))
+            with self._lock:
+                self.copied.append(name)
+        return plan.read_bytes // self.pieces
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class SteppedBackend(InstantBackend):
+    """Copies one piece each time the test lets it."""
+
+    def __init__(self, arena: SlotArena, *, pieces: int = 1) -> None:
+        super().__init__(arena, pieces=pieces)
+        self.log: list[tuple[str, int]] = []
+        self._begun: queue.Queue[tuple[str, int]] = queue.Queue()
+        self._permits = threading.Semaphore(0)
+        self._is_free = False
+
+    def copy_piece(self, plan: ExpertPlan, slot: int, piece: int) -> int:
+        begun = (plan.spans[0].path, piece)
+        self.log.append(begun)
+        self._begun.put(begun)
+        if not self._is_free and not self._permits.acquire(timeout=PATIENCE_S):
+            raise AssertionError("no test let this piece go")
+        return super().copy_piece(plan, slot, piece)
+
+    def wait_begun(self) -> tuple[str, int]:
+        """Wait until a worker has begun a piece, and give it."""
+        return self._begun.get(timeout=PATIENCE_S)
+
+    def let_go(self, pieces: int = 1) -> None:
+        """Let this many pieces end."""
+        self._permits.release(pieces)
+
+    def let_all_go(self) -> None:
+        """Let everything end from now on."""
+        self._is_free = True
+        self._permits.release(1000)
+
+
+def make_tiers(
+    num_slots: int,
+    num_layers: int = 4,
+    num_experts: int = 8,
+    *,
+    backend: type[InstantBackend] = InstantBackend,
+    eviction: str = "lru",
+    policy: EvictionPolicy | None = None,
+    keep: bool = True,
+    num_workers: int = 1,
+    pieces: int = 1,
+) -> tuple[ExpertTiers, Any, Metrics]:
+    """Build tiers over a fake disk."""
+    plans = make_plans(num_layers, num_experts)
+    arena = SlotArena(num_slots, slot_bytes(plans[0][0]))
+    arena.poison()
+    disk = backend(arena, pieces=pieces)
+    metrics = Metrics()
+    tiers = ExpertTiers(
+        arena,
+        plans,
+        disk,
+        policy or make_eviction(eviction, num_layers, num_experts),
+        metrics,
+        Timeline(),
+        keep=keep,
+        num_workers=num_workers,
+    )
+    return tiers, disk, metrics
+
+
+def assert_settled(tiers: ExpertTiers) -> None:
+    """Check that nothing is on its way, nothing is pinned and no slot is lost."""
+    finish(tiers.wait_idle)
+    tiers.cache.check()
+    assert not tiers._open
+    assert int(tiers.cache._pins.sum()) == 0, "an expert stayed pinned"
+    for key in tiers.cache.keys():  # noqa: SIM118
+        assert tiers.cache.lookup(key).value == "hit", f"{key} waits for a copy nobody makes"
+
+
+class NoisePredictor:
+    """Guesses at random: wrong layers' experts, twice the same, everything at once."""
+
+    name = "noise"
+
+    def __init__(self, num_layers: int, num_experts: int, seed: int = 0) -> None:
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._random = random.Random(seed)
+
+    def predict(self, event: RoutingEvent) -> list[Prediction]:
+        guesses = []
+        for distance in (1, 2, self._num_layers):
+            layer = (event.layer + distance) % self._num_layers
+            size = self._random.randint(0, self._num_experts)
+            experts = tuple(self._random.choices(range(self._num_experts), k=size))
+            expected = self._random.randint(1, self._num_experts)
+            guesses.append(Prediction(layer, distance, experts, expected))
+        return guesses
+
+
+def least_memory(plans: Sequence[Sequence[ExpertPlan]], top_k: int) -> int:
+    """Give the smallest expert memory an engine accepts."""
+    size = max(slot_bytes(plan) for layer in plans for plan in layer)
+    return size * (top_k + 1)
+
+
+def make_engine(
+    directory: Path,
+    *,
+    predictor: Predictor | None = None,
+    policy: EvictionPolicy | None = None,
+    backend: Callable[[SlotArena], Any] = DiskBackend,
+    cache_dir: Path | None = None,
+    **settings: Any,
+) -> Engine:
+    """Open a checkpoint with parts of the engine exchanged; "minimum" is a size here too."""
+    dtype = settings.get("dtype", "auto")
+    loaded = load_model(directory, dtype=dtype)
+    if settings.get("expert_memory") == "minimum":
+        settings["expert_memory"] = least_memory(loaded.plans, loaded.spec.top_k)
+    config = resolve(EngineConfig.from_dict({"model": str(directory), **settings}), loaded)
+    return Engine(
+        loaded,
+        load_tokenizer(directory),
+        config,
+        cache_dir=cache_dir or directory / "no-cache",
+        predictor=predictor,
+        policy=policy,
+        backend=backend,
+    )
