@@ -242,7 +242,7 @@ class Foreload(_Transformers):
         return {
             "versions": installed_versions("torch", "transformers", "foreload"),
             "config": config,
-            "stats": self._engine.stats(),
+            "stats": self._engine.stats,
         }
 
 

@@ -199,14 +199,15 @@ def run_arm(
         if code == -9:
             return {"failed": "killed, probably out of memory"}
         if code != 0 or not result_path.exists():
-            return {"failed": f"ended with status {code}"}
+            last = log.read_text().strip().splitlines()[-1]
+            return {"failed": f"ended with status {code}: {last}"}
         return dict(json.loads(result_path.read_text()))
 
 
 def step_mean_s(sample: dict[str, Any], last: float = 1) -> float:
     """Average the seconds per decoded token, of all steps or of the last share of them."""
     steps: list[float] = sample["step_s"]
-    return statistics.fmean(steps[-max(1, round(len(steps) * last)) :])
+    return float(statistics.fmean(steps[-max(1, round(len(steps) * last)) :]))
 
 
 def agreement(sample: dict[str, Any], reference: dict[str, Any]) -> float:
@@ -277,13 +278,14 @@ HEADER = [
 def make_summary(config: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
     """Write the Markdown summary: medians with their range over the trials."""
     machine = config["machine"]
+    left = f"{config['leave_gib']:g} GiB" if config["leave_gib"] else "all"
     noisy = [s for s in samples if s["busy_before"] > BUSY_FRACTION]
     lines = [
         "# Time per decoded token at the same total memory",
         "",
         f"{config['started']} UTC, {machine['processor']}, {machine['num_processors']} processors, "
-        f"{machine['memory_bytes'] / GIB:.1f} GiB of memory of which {config['leave_gib']} GiB "
-        f"were left for engine and page cache, {config['threads']} threads, "
+        f"{machine['memory_bytes'] / GIB:.1f} GiB of memory of which {left} "
+        f"was left for engine and page cache, {config['threads']} threads, "
         f"foreload commit {config['commit']}.",
         "",
         f"Model: {config['model_name']}, {config['model_bytes'] / GIB:.1f} GiB of safetensors; "

@@ -247,8 +247,9 @@ class _RecallMeter:
                 self._count(name, event.layer, true, guess)
         self._recent[event.layer] = true + [expert for expert in recent if expert not in true]
         for predictor in self._predictors:
-            for guess in predictor.predict(event):
-                self._guesses.setdefault(guess.layer, {})[predictor.name] = guess.experts
+            for prediction in predictor.predict(event):
+                named = self._guesses.setdefault(prediction.layer, {})
+                named[predictor.name] = prediction.experts
 
     def _count(self, name: str, layer: int, true: Sequence[int], guess: Sequence[int]) -> None:
         demanded = self._demanded.setdefault(name, {})

@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import torch
@@ -347,9 +347,9 @@ class Engine:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
-            ids = [int(token) for token in prompt]  # type: ignore[call-overload]
+            ids = list(cast("Sequence[int]", prompt))
             size = self.model.get_input_embeddings().weight.shape[0]
-            if not all(0 <= token < size for token in ids):
+            if not all(isinstance(token, int) and 0 <= token < size for token in ids):
                 raise ConfigError(f"a prompt token is outside the vocabulary of {size}")
             return ids
         if not prompt:

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from foreload.cli.options import ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, ModelArgument
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
-from foreload.config import EngineConfig
 
 __all__ = ["bench"]
 
@@ -32,7 +31,7 @@ ThreadsOption = Annotated[
 @verb()
 def bench(
     terminal: Terminal,
-    model: ModelArgument = EngineConfig().model,
+    model: ModelArgument = DEFAULT_MODEL,
     suite: SuiteOption = "engine",
     arms: ArmsOption = None,
     budgets: BudgetsOption = "10,25,50,75",

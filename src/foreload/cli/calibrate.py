@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from foreload.cli.generate import read_text
-from foreload.cli.options import ENGINE, CacheDirOption, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, ENGINE, CacheDirOption, ModelArgument
 from foreload.cli.streaming import open_engine
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
@@ -37,7 +37,7 @@ HeldOutOption = Annotated[
 def calibrate(
     terminal: Terminal,
     settings: EngineConfig,
-    model: ModelArgument = EngineConfig().model,
+    model: ModelArgument = DEFAULT_MODEL,
     text: TextOption = None,
     max_tokens: MaxTokensOption = _MAX_TOKENS,
     max_held_out_tokens: HeldOutOption = _MAX_HELD_OUT_TOKENS,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foreload.cli.options import ENGINE, SAMPLING, CacheDirOption, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, ENGINE, SAMPLING, CacheDirOption, ModelArgument
 from foreload.cli.statistics import config_line, statistics_line
 from foreload.cli.streaming import open_engine, stream_answer
 from foreload.cli.terminal import Terminal
@@ -27,7 +27,7 @@ def chat(
     terminal: Terminal,
     settings: EngineConfig,
     sampling: SamplingConfig,
-    model: ModelArgument = EngineConfig().model,
+    model: ModelArgument = DEFAULT_MODEL,
     system: SystemOption = None,
     cache_dir: CacheDirOption = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foreload.cli.options import ENGINE, SAMPLING, CacheDirOption, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, ENGINE, SAMPLING, CacheDirOption, ModelArgument
 from foreload.cli.statistics import comparison_table, config_line, ratios, statistics_line
 from foreload.cli.streaming import open_engine, stream_answer
 from foreload.cli.terminal import Terminal
@@ -39,7 +39,7 @@ def generate(
     terminal: Terminal,
     settings: EngineConfig,
     sampling: SamplingConfig,
-    model: ModelArgument = EngineConfig().model,
+    model: ModelArgument = DEFAULT_MODEL,
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     prompt_ids: PromptIdsOption = None,

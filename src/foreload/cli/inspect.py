@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from foreload.cli.options import ENGINE, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, ENGINE, ModelArgument
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
 from foreload.config import EngineConfig, format_bytes
@@ -14,7 +14,7 @@ _ONLY_DTYPE = ENGINE.without(*(p.name for p in ENGINE.parameters if p.name != "d
 
 @verb(_ONLY_DTYPE)
 def inspect(
-    terminal: Terminal, settings: EngineConfig, model: ModelArgument = EngineConfig().model
+    terminal: Terminal, settings: EngineConfig, model: ModelArgument = DEFAULT_MODEL
 ) -> None:
     """Tell what a checkpoint is, what its experts cost, and whether foreload can run it.
 

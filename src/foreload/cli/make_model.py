@@ -20,6 +20,8 @@ app = typer.Typer(
 
 Dtype: Any = choice("dtype", [name for name in EngineConfig.CHOICES["dtype"] if name != "auto"])
 
+_BFLOAT16: Any = Dtype("bfloat16")
+
 SourceArgument = Annotated[str, typer.Argument(help="Local directory, Hub name, or demo.")]
 DirectoryArgument = Annotated[
     Path, typer.Argument(help="Folder to make; must not exist, or be empty.", file_okay=False)
@@ -66,7 +68,7 @@ def random(
     shape: ShapeArgument,
     directory: DirectoryArgument,
     layers: LayersOption = None,
-    dtype: DtypeOption = Dtype("bfloat16"),
+    dtype: DtypeOption = _BFLOAT16,
     seed: SeedOption = 0,
 ) -> None:
     """Write random weights in the shape of a well-known model, to time moving its bytes.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 __all__ = [
+    "DEFAULT_MODEL",
     "ENGINE",
     "HELP",
     "OUTPUT",
@@ -48,9 +49,11 @@ HELP = {
     "stop": "Text that ends the generation; may be given several times.",
 }
 
+DEFAULT_MODEL = EngineConfig().model
+
 ModelArgument = Annotated[
     str,
-    typer.Argument(help="Local directory, Hub name (owner/model), or demo.", metavar="[MODEL]"),
+    typer.Argument(help="Local directory, Hub name (owner/model), or demo.", metavar="MODEL"),
 ]
 CacheDirOption = Annotated[
     Path | None,

@@ -38,7 +38,7 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
         scores = scores.masked_fill(scores < least, -torch.inf)
     shares = scores.softmax(-1)
     if config.top_p < 1:
-        ordered, order = shares.sort(-1, descending=True, stable=True)
+        ordered, order = torch.sort(shares, dim=-1, descending=True, stable=True)
         # A token stays while the likelier ones have not reached top_p: the first always stays.
         drop = ordered.cumsum(-1) - ordered >= config.top_p
         shares = shares.masked_fill(drop.scatter(-1, order, drop), 0.0)

@@ -44,7 +44,7 @@ class DiskBackend:
         arena: SlotArena,
         *,
         piece_bytes: int = 4 << 20,
-        preadv: Preadv = os.preadv,  # type: ignore[assignment]
+        preadv: Preadv = os.preadv,
     ) -> None:
         self._arena = arena
         self._piece_bytes = piece_bytes

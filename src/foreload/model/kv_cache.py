@@ -32,6 +32,9 @@ def make_kv_cache(model_config: Any) -> DynamicCache:
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values are views of buffers with room to spare."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._key_buffer: Tensor | None = None

@@ -51,7 +51,7 @@ def group_by_expert(top_k_index: Tensor, num_experts: int) -> list[ExpertGroup]:
     experts, order_of = torch.sort(flat, stable=True)
     distinct, counts = torch.unique_consecutive(experts, return_counts=True)
     groups = []
-    chunks = order_of.split(counts.tolist())
+    chunks = torch.split(order_of, counts.tolist())
     for expert, chunk in zip(distinct.tolist(), chunks, strict=True):
         if expert < num_experts:
             groups.append(ExpertGroup(expert, chunk % num_tokens, chunk // num_tokens))

@@ -9,6 +9,7 @@ from foreload.memory.eviction import Belady, make_eviction
 from foreload.types import ExpertKey, Lookup
 
 if TYPE_CHECKING:
+    from foreload.memory.eviction import EvictionPolicy
     from foreload.trace.record import RoutingTrace
 
 __all__ = ["ReplayCounts", "replay"]
@@ -42,6 +43,7 @@ def replay(
         eviction: A policy's name, "belady" for the best possible, "none" to keep nothing.
         count_from: First step that is counted; earlier ones only fill the cache.
     """
+    policy: EvictionPolicy
     if eviction == "belady":
         policy = Belady(trace.num_layers, trace.num_experts, trace.demands())
     else:
