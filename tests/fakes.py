@@ -191,7 +191,8 @@ class NoisePredictor:
             size = self._random.randint(0, self._num_experts)
             experts = tuple(self._random.choices(range(self._num_experts), k=size))
             expected = self._random.randint(1, self._num_experts)
-            guesses.append(Prediction(layer, distance, experts, expected))
+            confidence = tuple(self._random.uniform(-3, 3) for _ in experts)
+            guesses.append(Prediction(layer, distance, experts, confidence, expected))
         return guesses
 
 

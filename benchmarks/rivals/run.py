@@ -306,6 +306,14 @@ def make_summary(config: dict[str, Any], samples: Sequence[dict[str, Any]]) -> s
             f"\n**Noisy: before {len(noisy)} of {len(samples)} runs other programs used more than "
             f"{BUSY_FRACTION:.0%} of the processors.**"
         )
+    limit = config["leave_gib"] * GIB
+    if limit and (
+        off := [s for s in samples if abs(s["available_bytes_before"] - limit) > GIB / 4]
+    ):
+        lines.append(
+            f"\n**Not the same memory: before {len(off)} of {len(samples)} runs another amount was "
+            "available than asked for, because of other programs.**"
+        )
     for sample in samples:
         if why := sample.get("failed"):
             lines.append(f"\nFailed: {sample['arm']}, trial {sample['trial']}: {why}")

@@ -66,11 +66,13 @@ class CalibrationReport:
     recall_at_n: dict[str, dict[int, dict[int, float]]]
 
     def mean_recall(self, predictor: str) -> dict[int, float]:
-        """Give a predictor's recall by n, averaged over the layers it speaks about."""
-        layers = list(self.recall_at_n[predictor].values())
-        if not layers:
+        """Give a predictor's recall by n, averaged over the layers that all speak about."""
+        spoken = [set(layers) for layers in self.recall_at_n.values() if layers]
+        layers = self.recall_at_n[predictor]
+        shared = set(layers).intersection(*spoken)
+        if not shared:
             return {}
-        return {n: sum(recall[n] for recall in layers) / len(layers) for n in self.depths}
+        return {n: sum(layers[at][n] for at in shared) / len(shared) for n in self.depths}
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as plain values, ready for JSON."""

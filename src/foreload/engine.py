@@ -30,6 +30,7 @@ from foreload.metrics import Metrics, RequestStats, Timeline
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.kv_cache import make_kv_cache
 from foreload.model.runtime import ExpertRuntime
+from foreload.model.selfcheck import find_sum_rules
 from foreload.model.sites import predict_routing, probe_sites
 from foreload.model.source import resolve_model
 from foreload.predict.calibration import calibration_path, read_default_vectors
@@ -151,7 +152,7 @@ class Engine:
                 self.tiers,
                 self.metrics,
                 self.timeline,
-                num_layers=self.spec.num_moe_layers,
+                sum_rules=find_sum_rules(loaded.sites, self.model.dtype),
                 predictor=predictor,
                 max_prefetches=max(self.spec.top_k, self._arena.num_slots // 4),
                 switch=PrefetchSwitch() if config.predictor == "auto" else None,

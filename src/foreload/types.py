@@ -63,13 +63,15 @@ class RoutingEvent(NamedTuple):
 class Prediction(NamedTuple):
     """Experts that MoE layer `layer` is expected to want, likeliest first.
 
-    `distance` counts MoE layers from the one the guess was made at. `num_expected` says how many
-    of them would be demanded if the guess were right.
+    `distance` counts MoE layers from the one the guess was made at. `confidence` has one number
+    per expert, comparable across guesses of one kind: above zero where the expert would be
+    demanded if the guess were right, the larger the surer. `num_expected` counts those.
     """
 
     layer: int
     distance: int
     experts: tuple[int, ...]
+    confidence: tuple[float, ...]
     num_expected: int
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from streaming import StreamedExperts, align, read_expert
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import zoo
 from foreload.errors import CheckpointError, ForeloadError, UnsupportedModelError
@@ -101,8 +102,7 @@ def test_loading_leaves_transformers_as_it_was(checkpoint: zoo.TinyCheckpoint) -
     assert torch.get_default_dtype() is default_dtype
     whole = checkpoint.load_reference(torch.bfloat16)
     assert all(
-        isinstance(site.experts.down_proj, torch.nn.Parameter)
-        for site in hf.discover_sites(whole)
+        isinstance(site.experts.down_proj, torch.nn.Parameter) for site in hf.discover_sites(whole)
     )
 
 
@@ -168,12 +168,8 @@ def test_generate_runs_on_streamed_experts(checkpoint: zoo.TinyCheckpoint) -> No
 
 
 def test_importing_registers_nothing() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, foreload.model.hf; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert ALL_EXPERTS_FUNCTIONS.get("unknown name", None) is None
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -204,7 +200,7 @@ def test_a_dense_tensor_of_another_shape_is_an_error(tmp_path: Path) -> None:
             tensors[name] = tensors[name][:-1].contiguous()
 
     edit(tmp_path, shorten)
-    with pytest.raises(CheckpointError, match="q_proj"):
+    with pytest.raises(CheckpointError, match=r"q_proj.weight has shape \[63, 64\]"):
         hf.load_model(tmp_path)
 
 

@@ -108,9 +108,7 @@ def repack(folder: Path, order: Callable[[str], Any]) -> None:
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     names = sorted(tensors, key=order)
-    renamed = {
-        names[int(key)] if key.isdigit() else key: value for key, value in header.items()
-    }
+    renamed = {names[int(key)] if key.isdigit() else key: value for key, value in header.items()}
     text = json.dumps(renamed).encode()
     (folder / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + raw[8 + length :]
@@ -179,6 +177,22 @@ def edit_shards(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> No
         save_file(tensors, file)
         weight_map |= dict.fromkeys(tensors, file.name)
     index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_experts_may_be_stored_transposed_as_on_the_hub(tmp_path: Path) -> None:
+    checkpoint = zoo.save_tiny("qwen3_vl_moe", tmp_path)
+    reference = checkpoint.load_reference()
+
+    def transpose(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+                tensors[name] = tensors[name].mT.contiguous()
+
+    edit_shards(tmp_path, transpose)
+    plan = plan_folder(tmp_path)
+    assert not plan.is_direct
+    assert plan.layout == "packed"
+    check_against_reference(plan, reference)
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:

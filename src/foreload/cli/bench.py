@@ -1,8 +1,8 @@
 """`foreload bench`: the arms of a suite, interleaved, with reference rows."""
 
-from importlib import import_module
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,12 +12,25 @@ from foreload.cli.verb import verb
 
 __all__ = ["bench"]
 
-SuiteOption = Annotated[str, typer.Option(help="Which suite to run.")]
+_SUITES = ("engine",)
+
+SuiteOption = Annotated[str, typer.Option(help=f"Which suite to run: {', '.join(_SUITES)}.")]
 ArmsOption = Annotated[
-    str | None, typer.Option(help="Arms of the suite, such as a,b.", show_default="all")
+    str | None, typer.Option(help="Arms of the suite, such as lru,auto.", show_default="all")
 ]
 BudgetsOption = Annotated[str, typer.Option(help="Expert memories, in percent of all experts.")]
 TrialsOption = Annotated[int, typer.Option(help="Runs of each arm and budget.", min=1)]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(help="Text to decode.", show_default="the demo's", exists=True, dir_okay=False),
+]
+StockOption = Annotated[
+    bool,
+    typer.Option(
+        "--stock/--no-stock",
+        help="Run transformers itself as well; needs memory for all experts.",
+    ),
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option(help="Folder for samples, table and figures.", file_okay=False),
@@ -32,30 +45,52 @@ ThreadsOption = Annotated[
 def bench(
     terminal: Terminal,
     model: ModelArgument = DEFAULT_MODEL,
-    suite: SuiteOption = "engine",
+    suite: SuiteOption = _SUITES[0],
     arms: ArmsOption = None,
     budgets: BudgetsOption = "10,25,50,75",
     trials: TrialsOption = 5,
+    text: TextOption = None,
+    stock: StockOption = True,
     output: OutputOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Measure the arms of a suite on this machine, interleaved, beside reference rows."""
+    if suite not in _SUITES:
+        raise typer.BadParameter(f"--suite {suite!r} is unknown: use {', '.join(_SUITES)}")
     shares = _parse_budgets(budgets)
     names = None if arms is None else tuple(_split(arms))
     with terminal.status("Starting"):
-        module = import_module("foreload.bench.suite")
-    options = module.SuiteOptions(
-        suite=suite,
+        import torch
+
+        from foreload.bench.suite import SuiteOptions, run_suite
+        from foreload.model.architecture import quiet_transformers
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = SuiteOptions(
         model=model,
+        text=text,
         arms=names,
         budgets=shares,
-        trials=trials,
+        num_trials=trials,
+        with_stock=stock,
         output=output,
-        threads=threads,
     )
-    result: Any = module.run_suite(options, terminal.err)
-    if terminal.is_json:
-        terminal.print_json(result.to_dict())
+    with quiet_transformers(), terminal.progress() as report:
+
+        def tell(what: str, done: int, total: int) -> None:
+            terminal.note(what)
+            report("Arms", done, total)
+
+        result = run_suite(options, tell)
+    terminal.print_json(
+        {
+            "machine": result.machine,
+            "samples": [sample.to_dict() for sample in result.samples],
+            "limits": [asdict(limits) for limits in result.limits],
+            "summary": result.summary,
+        }
+    )
+    terminal.write(result.summary)
 
 
 def _split(text: str) -> list[str]:
@@ -63,10 +98,11 @@ def _split(text: str) -> list[str]:
 
 
 def _parse_budgets(text: str) -> tuple[float, ...]:
+    """Turn percentages into shares."""
     try:
-        shares = tuple(float(word.removesuffix("%")) for word in _split(text))
+        shares = tuple(float(word.removesuffix("%")) / 100 for word in _split(text))
     except ValueError as error:
         raise typer.BadParameter(f"--budgets: {error}") from error
-    if not shares or not all(0 < share <= 100 for share in shares):
+    if not shares or not all(0 < share <= 1 for share in shares):
         raise typer.BadParameter(f"--budgets {text!r}: give percentages above 0, such as 10,25")
     return shares

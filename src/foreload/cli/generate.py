@@ -30,7 +30,7 @@ PromptIdsOption = Annotated[
 ]
 CompareOption = Annotated[
     bool,
-    typer.Option("--compare", help="Run again on demand, and print both runs side by side."),
+    typer.Option("--compare", help="Run again on demand, and set both runs side by side."),
 ]
 
 
@@ -56,6 +56,8 @@ def generate(
     settings = settings.with_values(model=model)
     with open_engine(terminal, settings, cache_dir) as engine:
         terminal.note(config_line(engine))
+        if compare:
+            _warm_up(engine, given)
         result = stream_answer(engine, given, sampling, terminal.write)
         settings = engine.config
     terminal.write("\n")
@@ -72,6 +74,7 @@ def generate(
         on_demand = settings.with_values(predictor="none", eviction="none")
         with open_engine(terminal, on_demand, cache_dir) as engine:
             with terminal.status("Running again on demand"):
+                _warm_up(engine, given)
                 again = stream_answer(engine, given, sampling, lambda text: None)
             on_demand = engine.config
         if again.finish_reason == "cancelled":
@@ -91,6 +94,12 @@ def generate(
     terminal.print_json(answer)
     if status:
         raise typer.Exit(status)
+
+
+def _warm_up(engine: Any, prompt: str | Sequence[int]) -> None:
+    """Let both runs find torch warm and the expert memory empty."""
+    engine.generate(prompt, max_new_tokens=2)
+    engine.tiers.flush()
 
 
 def read_text(path: Path, max_chars: int = -1) -> str:

@@ -18,7 +18,7 @@ __all__ = ["comparison_table", "config_line", "ratios", "statistics_line"]
 def config_line(engine: Engine) -> str:
     """Give the resolved settings in one line."""
     config, spec = engine.config, engine.spec
-    share = engine.expert_memory_bytes / spec.total_expert_bytes
+    share = engine.tiers.num_slots / (spec.num_moe_layers * spec.num_experts)
     predictor = engine.runtime.predictor
     guessed_by = config.predictor
     if predictor is not None and predictor.name != guessed_by:
@@ -29,7 +29,7 @@ def config_line(engine: Engine) -> str:
             config.dtype,
             f"device {config.device}",
             f"expert memory {format_bytes(engine.expert_memory_bytes)} "
-            f"({_percent(share)} of all experts)",
+            f"({_percent(min(share, 1.0))} of all experts)",
             f"predictor {guessed_by}",
             f"eviction {config.eviction}",
         )

@@ -60,8 +60,7 @@ def verb(*groups: OptionGroup) -> Callable[[Callable[..., None]], Callable[..., 
             objects = {group.name: group.collect(values) for group in groups}
             flags = {parameter.name: values.pop(parameter.name) for parameter in OUTPUT}
             terminal = Terminal(**flags)
-            with _guarded(terminal):
-                _configure_logging(terminal)
+            with _guarded(terminal), _logging(terminal):
                 function(terminal, **objects, **values)
                 sys.stdout.flush()
 
@@ -104,16 +103,22 @@ def _guarded(terminal: Terminal) -> Iterator[None]:
         raise typer.Exit(ERROR) from None
 
 
-def _configure_logging(terminal: Terminal) -> None:
-    """Send foreload's log to stderr, from the level in FORELOAD_LOG on."""
+@contextmanager
+def _logging(terminal: Terminal) -> Iterator[None]:
+    """Send foreload's log to stderr during the block, from the level in FORELOAD_LOG on."""
     level = os.environ.get("FORELOAD_LOG", "").lower()
     if level and level not in _LEVELS:
         raise ConfigError(
             f"FORELOAD_LOG={level!r} is no level", hint=f"use one of {', '.join(_LEVELS)}"
         )
     logger = logging.getLogger("foreload")
-    logger.setLevel((level or ("error" if terminal.is_quiet else "warning")).upper())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logger.handlers = [handler]
-    logger.propagate = False
+    before = logger.level
+    logger.setLevel((level or ("error" if terminal.is_quiet else "warning")).upper())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

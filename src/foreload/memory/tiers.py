@@ -103,13 +103,15 @@ class ExpertTiers:
                 is not evicted for it.
             order: Rank among prefetches; the smaller goes first.
         """
-        if self.cache.lookup(key) is not Lookup.MISS:
-            return False
-        if not self._begin(key, Priority.PREFETCH, order, expected_wait):
+        if not self.is_absent(key) or not self._begin(key, Priority.PREFETCH, order, expected_wait):
             return False
         self._guessed.add(key)
         self._metrics.num_prefetched += 1
         return True
+
+    def is_absent(self, key: ExpertKey) -> bool:
+        """Tell whether an expert is neither readable nor on its way."""
+        return self.cache.lookup(key) is Lookup.MISS
 
     @property
     def num_slots(self) -> int:
@@ -245,21 +247,14 @@ class Demand:
         tiers = self._tiers
         metrics = tiers._metrics
         for key in keys:
-            match tiers.cache.lookup(key):
+            match self._claim(key):
                 case Lookup.HIT:
                     metrics.num_hits += 1
-                    tiers.cache.pin(key)
-                    self._ready.append(key)
                 case Lookup.PENDING:
                     metrics.num_late += 1
-                    tiers._transfers.raise_priority(tiers._open[key])
-                    self._coming.append(key)
                 case Lookup.MISS:
                     metrics.num_misses += 1
                     self._missing.append(key)
-            if key in tiers._guessed:
-                tiers._guessed.remove(key)
-                metrics.num_prefetched_used += 1
         self._admit()
 
     def __iter__(self) -> Iterator[tuple[ExpertKey, dict[str, Tensor]]]:
@@ -318,9 +313,28 @@ class Demand:
         """Start copies of missing experts, a few ahead of the computation."""
         tiers = self._tiers
         while self._missing and len(self._coming) < tiers._window:
-            if not tiers._begin(self._missing[0], Priority.DEMAND, 0.0):
-                return
-            self._coming.append(self._missing.popleft())
+            key = self._missing[0]
+            # A guess may have brought it in the meantime.
+            if self._claim(key) is Lookup.MISS:
+                if not tiers._begin(key, Priority.DEMAND, 0.0):
+                    return
+                self._coming.append(key)
+            self._missing.popleft()
+
+    def _claim(self, key: ExpertKey) -> Lookup:
+        """Pin an expert that is readable, hurry one that is on its way; tell which it was."""
+        tiers = self._tiers
+        found = tiers.cache.lookup(key)
+        if found is Lookup.HIT:
+            tiers.cache.pin(key)
+            self._ready.append(key)
+        elif found is Lookup.PENDING:
+            tiers._transfers.raise_priority(tiers._open[key])
+            self._coming.append(key)
+        if key in tiers._guessed:
+            tiers._guessed.remove(key)
+            tiers._metrics.num_prefetched_used += 1
+        return found
 
     def _make_room(self) -> None:
         """Call off guesses that hold every slot."""

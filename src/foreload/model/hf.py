@@ -236,7 +236,9 @@ def _streaming_class(architecture: Architecture) -> type[Any]:
                 hf_quantizer=quantizer,
                 weight_mapping=conversion_mapping(model, quantizer),
             )
-        return base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
+        result = base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
+        _check_conversions(result[0])
+        return result
 
     return type(
         base.__name__,
@@ -248,6 +250,20 @@ def _streaming_class(architecture: Architecture) -> type[Any]:
             "_load_pretrained_model": staticmethod(_load_pretrained_model),
         },
     )
+
+
+def _check_conversions(info: Any) -> None:
+    """Name what transformers would only report in a table on the terminal."""
+    for name, message in getattr(info, "conversion_errors", {}).items():
+        raise CheckpointError(
+            f"{name} cannot be converted: {str(message).strip().splitlines()[-1]}",
+            hint="check that config.json belongs to these weights",
+        )
+    for name, found, wanted in sorted(getattr(info, "mismatched_keys", ()), key=str):
+        raise CheckpointError(
+            f"{name} has shape {list(found)}, the model needs {list(wanted)}",
+            hint="check that config.json belongs to these weights",
+        )
 
 
 def _load_dense(

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foreload.ops.reference import accumulate, expert_forward, group_by_expert
 from foreload.schedule.prefetch import GuessOdds, PrefetchSwitch
 from foreload.types import ExpertKey, RoutingEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from foreload.memory.tiers import ExpertTiers
     from foreload.metrics import Metrics, Timeline
+    from foreload.ops.reference import SumRule
     from foreload.types import Prediction, Predictor
 
     Observer = Callable[[RoutingEvent, list[int]], None]
@@ -36,7 +37,7 @@ class ExpertRuntime:
         tiers: Where experts come from.
         metrics: Where steps and predictions are counted.
         timeline: Where computation is drawn.
-        num_layers: MoE layers.
+        sum_rules: Per MoE layer, the element type its experts are summed in.
         predictor: Guesses coming layers, or None.
         max_prefetches: Most guessed experts queued or on their way at once: the byte cap.
         min_odds: Guesses less probable than this are not prefetched.
@@ -49,7 +50,7 @@ class ExpertRuntime:
         metrics: Metrics,
         timeline: Timeline,
         *,
-        num_layers: int,
+        sum_rules: Sequence[SumRule],
         predictor: Predictor | None,
         max_prefetches: int,
         min_odds: float = 0.3,
@@ -61,12 +62,13 @@ class ExpertRuntime:
         self._tiers = tiers
         self._metrics = metrics
         self._timeline = timeline
-        self._num_layers = num_layers
+        self._sum_rules = sum_rules
+        self._num_layers = num_layers = len(sum_rules)
         self._max_prefetches = max_prefetches
         self._min_odds = min_odds
         self._switch = switch
-        self._odds = GuessOdds(num_layers)
-        self._guesses: dict[int, list[Prediction]] = {}
+        self._odds = GuessOdds()
+        self._guesses: dict[int, list[_OpenGuess]] = {}
         self._residuals: dict[int, Tensor] = {}
         self._step_start_s: float | None = None
         self._last_layer = num_layers
@@ -133,7 +135,8 @@ class ExpertRuntime:
                     self.on_output(layer, key.expert, output)
                 outputs[key.expert] = output * top_k_weights[group.token, group.position, None]
                 self._timeline.add("compute", f"{layer}.{key.expert}", start, time.perf_counter())
-            return accumulate(hidden_states, groups, outputs)
+            rule = self._sum_rules[layer]
+            return accumulate(hidden_states, top_k_weights.dtype, groups, outputs, rule)
 
     def _begin_layer(self, layer: int, num_tokens: int) -> None:
         """Notice the start of a forward, and time single-token ones for the switch."""
@@ -151,7 +154,7 @@ class ExpertRuntime:
     def _score_guesses(self, layer: int, wanted: list[int]) -> None:
         """Learn from what came true."""
         true = set(wanted)
-        for guess in self._guesses.pop(layer, ()):
+        for guess, absent, is_single in self._guesses.pop(layer, ()):
             place = (layer, guess.distance)
             metrics = self._metrics
             right = true.intersection(guess.experts[: len(wanted)])
@@ -159,28 +162,39 @@ class ExpertRuntime:
             metrics.num_predicted_right[place] = metrics.num_predicted_right.get(place, 0) + len(
                 right
             )
-            for rank, expert in enumerate(guess.experts):
-                self._odds.learn(
-                    layer, guess.distance, rank, guess.num_expected, was_right=expert in true
-                )
+            for expert, confidence in absent:
+                self._odds.learn(guess.distance, is_single, confidence, was_right=expert in true)
 
     def _prefetch(self, event: RoutingEvent) -> None:
         """Predict, and start the copies that are worth it: near layers and likely experts first."""
         if self.predictor is None:
             return
+        is_single = event.top_k_index.shape[0] == 1
         room = self._max_prefetches - self._tiers.num_open_prefetches
         for guess in self.predictor.predict(event):
-            self._guesses.setdefault(guess.layer, []).append(guess)
+            absent = [
+                (expert, confidence)
+                for expert, confidence in zip(guess.experts, guess.confidence, strict=True)
+                if self._tiers.is_absent(ExpertKey(guess.layer, expert))
+            ]
+            self._guesses.setdefault(guess.layer, []).append(_OpenGuess(guess, absent, is_single))
             if not self.is_prefetching:
                 continue
-            for rank, expert in enumerate(guess.experts):
-                if room <= 0:
-                    return
-                odds = self._odds.get(guess.layer, guess.distance, rank, guess.num_expected)
-                if odds < self._min_odds:
-                    continue
-                # Geometric: an expert used with probability p per visit waits (1 - p) / p tokens.
+            for expert, confidence in absent:
+                odds = self._odds.get(guess.distance, is_single, confidence)
+                if room <= 0 or odds < self._min_odds:
+                    break
+                # Used with probability p per visit, an expert waits (1 - p) / p visits on average.
                 wait = guess.distance / self._num_layers + (1 - odds) / odds
-                key = ExpertKey(guess.layer, expert)
-                order = guess.distance + self._metrics.num_steps * self._num_layers - odds
-                room -= self._tiers.prefetch(key, expected_wait=wait, order=order)
+                order = self._metrics.num_steps * self._num_layers + guess.layer - odds
+                room -= self._tiers.prefetch(
+                    ExpertKey(guess.layer, expert), expected_wait=wait, order=order
+                )
+
+
+class _OpenGuess(NamedTuple):
+    """A guess whose layer has not been reached, and what of it was absent when it was made."""
+
+    guess: Prediction
+    absent: list[tuple[int, float]]
+    is_single: bool

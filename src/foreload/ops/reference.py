@@ -6,6 +6,7 @@ bit on the CPU. Weights come as arguments; the experts module only says how they
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ExpertGroup", "accumulate", "expert_forward", "group_by_expert"]
+__all__ = ["ExpertGroup", "SumRule", "accumulate", "expert_forward", "group_by_expert"]
 
 
 class ExpertGroup(NamedTuple):
@@ -86,27 +87,46 @@ def expert_forward(experts: Any, hidden_states: Tensor, weights: Mapping[str, Te
     return hidden
 
 
+class SumRule(Enum):
+    """The element type in which expert outputs are summed; architectures differ."""
+
+    HIDDEN = "that of the hidden states"
+    WEIGHTS = "that of the routing weights"
+    FLOAT32 = "float32"
+
+
 def accumulate(
-    hidden_states: Tensor, groups: list[ExpertGroup], outputs: Mapping[int, Tensor]
+    hidden_states: Tensor,
+    weights_dtype: torch.dtype,
+    groups: list[ExpertGroup],
+    outputs: Mapping[int, Tensor],
+    rule: SumRule = SumRule.HIDDEN,
 ) -> Tensor:
     """Sum weighted expert outputs per token, in ascending expert order whatever order they came in.
 
     Args:
         hidden_states: (T, H), for shape and dtype.
+        weights_dtype: Element type of the routing weights.
         groups: The tokens of each expert, ascending.
         outputs: (n, H) per expert, already weighted.
+        rule: The element type to sum in.
 
     Returns:
-        (T, H).
+        (T, H) in the hidden states' dtype.
     """
-    total = torch.zeros_like(hidden_states)
+    dtype = {
+        SumRule.HIDDEN: hidden_states.dtype,
+        SumRule.WEIGHTS: weights_dtype,
+        SumRule.FLOAT32: torch.float32,
+    }[rule]
+    total = torch.zeros_like(hidden_states, dtype=dtype)
     for group in groups:
-        output = outputs[group.expert].to(total.dtype)
+        output = outputs[group.expert].to(dtype)
         if total.shape[0] == 1 and output.shape[0] == 1:
             total += output
         else:
             total.index_add_(0, group.token, output)
-    return total
+    return total.to(hidden_states.dtype)
 
 
 def _linear(hidden: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:

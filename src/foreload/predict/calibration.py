@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,7 +61,8 @@ class DefaultVectorRecorder:
             save_file({"default_vectors": self.vectors()}, part, metadata={"identity": identity})
             part.replace(path)
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             raise CheckpointError(
                 f"cannot write the calibration to {path}: {error}",
                 hint="free some space there, or choose another cache_dir",

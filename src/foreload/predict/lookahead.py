@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DefaultVectors", "Lookahead", "default_vector_estimate", "rank_experts"]
 
+_SURELY_CHOSEN = 1.0
+_LEAST = 1e-3
+
 
 class Lookahead:
     """Asks the routers of the next layers with this layer's residual.
@@ -65,8 +68,8 @@ class Lookahead:
                 break
             output = self._routers[layer](stream)
             if output is not None:
-                ranked, expected = rank_experts(output, self._num_extra)
-                predictions.append(Prediction(layer, distance, ranked, expected))
+                guess = rank_experts(output, self._num_extra)
+                predictions.append(Prediction(layer, distance, *guess))
         return predictions
 
     def _estimate(self, event: RoutingEvent) -> Tensor:
@@ -130,24 +133,37 @@ def default_vector_estimate(
     return torch.einsum("tk,tkh->th", weights, chosen)
 
 
-def rank_experts(output: RouterOutput, num_extra: int) -> tuple[tuple[int, ...], int]:
+def rank_experts(
+    output: RouterOutput, num_extra: int
+) -> tuple[tuple[int, ...], tuple[float, ...], int]:
     """Rank experts by how likely a layer wants them.
 
-    For one token: the router's own choice first, in its order, then the best of the rest by logit.
-    For several: by how many tokens choose them.
+    For one token: the router's own choice first, then the best of the rest. Confidence is the
+    distance of an expert's logit from the line between chosen and not, in standard deviations of
+    the logits. For several tokens: by the share of tokens that choose an expert.
 
     Returns:
-        The ranked experts, and how many of them would be demanded if the guess were right.
+        The ranked experts, their confidence, and how many would be demanded if the guess held.
     """
     index = output.top_k_index.reshape(-1, output.top_k_index.shape[-1])
     if index.shape[0] > 1:
         experts, counts = torch.unique(index, return_counts=True)
-        ranked = experts[torch.argsort(counts, descending=True, stable=True)].tolist()
-        return tuple(ranked), len(ranked)
+        order = torch.argsort(counts, descending=True, stable=True)
+        shares = (counts[order] / index.shape[0]).tolist()
+        return tuple(experts[order].tolist()), tuple(shares), len(shares)
     chosen = index[0].tolist()
-    if num_extra and output.logits is not None:
-        logits = output.logits.reshape(-1)
-        best = torch.topk(logits, min(len(chosen) + num_extra, logits.numel())).indices.tolist()
-        rest = [expert for expert in best if expert not in set(chosen)][:num_extra]
-        return tuple(chosen + rest), len(chosen)
-    return tuple(chosen), len(chosen)
+    if output.logits is None:
+        return tuple(chosen), (_SURELY_CHOSEN,) * len(chosen), len(chosen)
+    logits = output.logits.reshape(-1).float()
+    scores = ((logits - logits.mean()) / (logits.std() + 1e-9)).tolist()
+    picked = set(chosen)
+    chosen.sort(key=lambda expert: -scores[expert])
+    rest = sorted((e for e in range(len(scores)) if e not in picked), key=lambda e: -scores[e])
+    line = (scores[chosen[-1]] + scores[rest[0]]) / 2 if rest else scores[chosen[-1]]
+    ranked = chosen + rest[:num_extra]
+    # Routers with groups or biases do not choose by logit alone: the sign follows their choice.
+    confidence = [
+        max(scores[e] - line, _LEAST) if e in picked else min(scores[e] - line, -_LEAST)
+        for e in ranked
+    ]
+    return tuple(ranked), tuple(confidence), len(chosen)

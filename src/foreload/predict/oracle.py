@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from foreload.types import Prediction
@@ -45,5 +46,6 @@ class Oracle:
             step = event.step - self._first_step + ahead
             if 0 <= step < len(self._trace):
                 experts = tuple(self._trace[step][layer])
-                predictions.append(Prediction(layer, distance, experts, len(experts)))
+                sure = (math.inf,) * len(experts)
+                predictions.append(Prediction(layer, distance, experts, sure, len(experts)))
         return predictions

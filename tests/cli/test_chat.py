@@ -1,0 +1,94 @@
+"""`foreload chat`: turns, commands, and what ends them."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from foreload import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SHORT = ("--max-new-tokens", "6")
+
+
+def test_a_conversation_keeps_its_turns(call: Callable[..., Any], chat_checkpoint: Path) -> None:
+    words = ("chat", chat_checkpoint, *SHORT, "--json", "--system", "Be brief.")
+    result = call(*words, input="add two\n\nand now three\n")
+    assert result.exit_code == 0, result.stderr
+    talk = json.loads(result.stdout)
+    roles = [message["role"] for message in talk["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert talk["messages"][3]["content"] == "and now three"
+    assert len(talk["stats"]) == 2
+    assert talk["messages"][2]["content"] in result.stderr
+    with Engine.from_pretrained(chat_checkpoint) as engine:
+        answer = engine.generate(talk["messages"][:4], max_new_tokens=6)
+    assert talk["messages"][4]["content"] == answer.text
+
+
+def test_answers_go_to_stdout_and_prompts_to_stderr(
+    call: Callable[..., Any], chat_checkpoint: Path
+) -> None:
+    result = call("chat", chat_checkpoint, *SHORT, input="hello\n/exit\nnever asked\n")
+    assert result.exit_code == 0, result.stderr
+    with Engine.from_pretrained(chat_checkpoint) as engine:
+        answer = engine.generate([{"role": "user", "content": "hello"}], max_new_tokens=6)
+    assert result.stdout == answer.text + "\n"
+    assert result.stderr.count("> ") == 2
+    assert "6 tokens (length)" in result.stderr
+
+
+def test_commands(call: Callable[..., Any], chat_checkpoint: Path) -> None:
+    lines = "hello\n/reset\n/help\n/dance\nagain\n/exit\n"
+    result = call("chat", chat_checkpoint, *SHORT, "--json", input=lines)
+    talk = json.loads(result.stdout)
+    assert [message["role"] for message in talk["messages"]] == ["user", "assistant"]
+    assert talk["messages"][0]["content"] == "again"
+    assert "the conversation is forgotten" in result.stderr
+    assert "there is no /dance" in result.stderr
+
+
+def test_without_a_template_it_suggests_generate(
+    call: Callable[..., Any], checkpoint: Path
+) -> None:
+    result = call("chat", checkpoint, input="hello\n")
+    assert result.exit_code == 1
+    assert "no chat template" in result.stderr
+    assert "foreload generate" in result.stderr
+
+
+def test_a_failed_answer_does_not_end_the_conversation(
+    call: Callable[..., Any], chat_checkpoint: Path
+) -> None:
+    question = "add " * 60_000
+    result = call("chat", chat_checkpoint, *SHORT, "--json", input=f"{question}\nhello\n")
+    assert result.exit_code == 0, result.stderr
+    assert "error: the prompt has" in result.stderr
+    assert json.loads(result.stdout)["messages"][0]["content"] == "hello"
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_the_answer_only(
+    call: Callable[..., Any], chat_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Engine.forward
+    calls = []
+
+    def interrupt(engine: Engine, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return forward(engine, *arguments)
+
+    monkeypatch.setattr(Engine, "forward", interrupt)
+    result = call("chat", chat_checkpoint, *SHORT, "--json", input="hello\nhello\n")
+    assert result.exit_code == 0, result.stderr
+    talk = json.loads(result.stdout)
+    assert [stats["num_output_tokens"] for stats in talk["stats"]] == [3, 6]
+    assert "3 tokens (cancelled)" in result.stderr
