@@ -130,26 +130,40 @@ def test_an_interruption_leaves_whole_files_and_no_hooks(
 
 
 def test_recall_of_the_previous_token_is_counted_right(
-    engine: Engine, text_file: Path, tmp_path: Path
+    engine: Engine, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("foreload.calibrate._WINDOW_TOKENS", 16)
     token_ids = engine.tokenizer(text_file.read_text())["input_ids"]
     report = calibrate(engine, token_ids, cache_dir=tmp_path)
     held_out = token_ids[report.num_tokens :][: report.num_held_out_tokens]
-    routing: dict[int, torch.Tensor] = {}
-    engine.runtime.on_routing = lambda event, wanted: routing.update(
-        {event.layer: event.top_k_index}
-    )
-    engine.forward(torch.tensor([held_out]), engine.make_cache())
-    for layer, index in routing.items():
-        right, recent = {2: 0, 4: 0}, index[0].tolist()
-        for row in index[1:].tolist():
-            for n in right:
-                right[n] += len(set(row) & set(recent[:n]))
-            recent = row + [expert for expert in recent if expert not in row]
-        for n, count in right.items():
-            share = count / (2 * (len(held_out) - 1))
-            assert report.recall_at_n[PREVIOUS_TOKEN][layer][n] == pytest.approx(share, abs=0.03)
+    assert len(held_out) > 32
+
+    right = {(layer, n): 0 for layer in range(4) for n in (2, 4)}
+    demanded = 0
+    for start in range(0, len(held_out), 16):
+        routed = route_one_by_one(engine, held_out[start : start + 16])
+        demanded += 2 * (len(routed[0]) - 1)
+        for layer, rows in routed.items():
+            recent = rows[0]
+            for row in rows[1:]:
+                for n in (2, 4):
+                    right[layer, n] += len(set(row) & set(recent[:n]))
+                recent = row + [expert for expert in recent if expert not in row]
+    for (layer, n), count in right.items():
+        assert report.recall_at_n[PREVIOUS_TOKEN][layer][n] == pytest.approx(count / demanded)
     assert report.mean_recall("lookahead")[4] >= report.mean_recall("lookahead")[2]
+
+
+def route_one_by_one(engine: Engine, token_ids: list[int]) -> dict[int, list[list[int]]]:
+    """Give the experts of each token, by layer."""
+    routed: dict[int, list[list[int]]] = {}
+    engine.runtime.on_routing = lambda event, wanted: routed.setdefault(event.layer, []).append(
+        event.top_k_index[0].tolist()
+    )
+    cache = engine.make_cache()
+    for token in token_ids:
+        engine.forward(torch.tensor([[token]]), cache)
+    return routed
 
 
 def test_default_vectors_are_the_mean_outputs(engine: Engine, tmp_path: Path) -> None:

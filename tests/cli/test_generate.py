@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from foreload import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PROMPT = "def add("
@@ -116,7 +117,8 @@ def test_compare_repeats_sampled_text(call: Callable[..., Any], checkpoint: Path
     assert isinstance(answer["config"]["sampling"]["seed"], int)
 
 
-def start(checkpoint: Path, *words: str) -> subprocess.Popen[str]:
+@contextmanager
+def running(checkpoint: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     """Start a generation that would take minutes, and wait for its first character."""
     process = subprocess.Popen(
         [
@@ -127,15 +129,19 @@ def start(checkpoint: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    return process
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(1)
+            yield process
+        finally:
+            process.kill()
 
 
 def test_ctrl_c_ends_the_text_and_prints_the_statistics(checkpoint: Path) -> None:
-    process = start(checkpoint)
-    process.send_signal(signal.SIGINT)
-    text, notes = process.communicate(timeout=60)
+    with running(checkpoint) as process:
+        process.send_signal(signal.SIGINT)
+        text, notes = process.communicate(timeout=60)
     assert process.returncode == 130
     assert text.endswith("\n")
     assert "tokens (cancelled), TTFT" in notes
@@ -143,13 +149,12 @@ def test_ctrl_c_ends_the_text_and_prints_the_statistics(checkpoint: Path) -> Non
 
 
 def test_a_reader_that_leaves_ends_it_quietly(checkpoint: Path) -> None:
-    process = start(checkpoint, "--quiet")
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert process.wait(timeout=60) == 141
+    with running(checkpoint, "--quiet") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import zoo
-from foreload import Engine
+from foreload import Engine, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -29,7 +30,25 @@ REFERENCE_MAY_FAIL = {
 }
 
 
-@pytest.fixture(scope="module", params=zoo.buildable_architectures())
+# Decorated architectures that are no causal language models, and what the refusal says.
+REFUSED = {
+    "diffusion_gemma": "writes by diffusion",
+    "ernie4_5_vl_moe": "text and vision experts in one list",
+    "openai_privacy_filter": "not a model that writes text",
+}
+SUPPORTED = [arch for arch in zoo.buildable_architectures() if arch not in REFUSED]
+
+
+@pytest.mark.parametrize(
+    "arch", [arch for arch in zoo.buildable_architectures() if arch in REFUSED]
+)
+def test_other_decorated_models_are_refused_by_name(arch: str, tmp_path: Path) -> None:
+    tiny = zoo.save_tiny(arch, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=REFUSED[arch]):
+        Engine.from_pretrained(tiny.path, expert_memory="50%")
+
+
+@pytest.fixture(scope="module", params=SUPPORTED)
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> zoo.TinyCheckpoint:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ROWS, GROUPS = 300, 4
+ROWS, GROUPS = 900, 4
 
 
 def noise(*shape: int) -> Tensor:

@@ -12,7 +12,13 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import zoo
-from foreload.ops.reference import ExpertGroup, accumulate, expert_forward, group_by_expert
+from foreload.ops.reference import (
+    ExpertGroup,
+    SumRule,
+    accumulate,
+    expert_forward,
+    group_by_expert,
+)
 
 
 def group_naively(index: list[list[int]], num_experts: int) -> list[tuple[int, list, list]]:
@@ -88,7 +94,7 @@ def run_ours(
                 own = {name: value[expert] for name, value in parameters.items()}
                 output = expert_forward(experts, hidden[group.token], own)
                 outputs[expert] = output * weights[group.token, group.position, None]
-        return accumulate(hidden, groups, outputs)
+        return accumulate(hidden, weights.dtype, groups, outputs)
 
 
 @pytest.mark.parametrize("family", zoo.SEVEN_FAMILIES)
@@ -121,24 +127,41 @@ def test_summing_in_another_order_would_differ() -> None:
     groups = group_by_expert(index, experts.num_experts)
     outputs = {g.expert: torch.randn(len(g.token), 64, generator=generator) for g in groups}
     assert weights.shape == index.shape
-    forth = accumulate(hidden, groups, outputs)
-    back = accumulate(hidden, groups[::-1], outputs)
+    forth = accumulate(hidden, hidden.dtype, groups, outputs)
+    back = accumulate(hidden, hidden.dtype, groups[::-1], outputs)
     assert not torch.equal(forth, back)
     assert torch.allclose(forth.float(), back.float(), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "wanted"),
+    [(SumRule.HIDDEN, 256.0), (SumRule.WEIGHTS, 258.0), (SumRule.FLOAT32, 258.0)],
+)
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_the_rule_decides_in_which_type_is_summed(
+    rule: SumRule, wanted: float, num_tokens: int
+) -> None:
+    # 256 + 1 is 256 in bfloat16, and 256 + 1 + 1 is 258
+    hidden = torch.zeros(num_tokens, 1, dtype=torch.bfloat16)
+    groups = group_by_expert(torch.tensor([[0, 1, 2]] * num_tokens), 3)
+    outputs = {e: torch.full((num_tokens, 1), v) for e, v in enumerate((256.0, 1.0, 1.0))}
+    total = accumulate(hidden, torch.float32, groups, outputs, rule)
+    assert total.dtype == torch.bfloat16
+    assert total.flatten().tolist() == [wanted] * num_tokens
 
 
 def test_a_token_chosen_twice_by_one_expert_is_counted_twice() -> None:
     hidden = torch.zeros(1, 3)
     groups = group_by_expert(torch.tensor([[2, 2]]), 4)
     outputs = {2: torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])}
-    assert accumulate(hidden, groups, outputs).tolist() == [[11.0, 22.0, 33.0]]
+    assert accumulate(hidden, hidden.dtype, groups, outputs).tolist() == [[11.0, 22.0, 33.0]]
 
 
 def test_tokens_without_experts_get_zero() -> None:
     hidden = torch.ones(2, 3)
     index = torch.tensor([[9, 9], [0, 9]])
     groups = group_by_expert(index, 4)
-    total = accumulate(hidden, groups, {0: torch.full((1, 3), 5.0)})
+    total = accumulate(hidden, hidden.dtype, groups, {0: torch.full((1, 3), 5.0)})
     assert total.tolist() == [[0.0] * 3, [5.0] * 3]
 
 
