@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -137,7 +139,7 @@ class TestStopText:
     ) -> None:
         stop, shown = StopText(stops), ""
         edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             shown += stop.feed(text[start:end])
             assert text.startswith(shown)
             if stop.is_stopped:

@@ -110,6 +110,7 @@ def repack(folder: Path, order: Callable[[str], Any]) -> None:
     names = sorted(tensors, key=order)
     renamed = {names[int(key)] if key.isdigit() else key: value for key, value in header.items()}
     text = json.dumps(renamed).encode()
+    text += b" " * (-len(text) % 64)
     (folder / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + raw[8 + length :]
     )
@@ -283,6 +284,7 @@ def write_headers(folder: Path, layers: int, experts: int) -> None:
         header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)

@@ -43,7 +43,7 @@ class DiskBackend:
         self,
         arena: SlotArena,
         *,
-        piece_bytes: int = 4 << 20,
+        piece_bytes: int = 2 << 20,
         preadv: Preadv = os.preadv,
     ) -> None:
         self._arena = arena

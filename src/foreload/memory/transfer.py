@@ -6,8 +6,8 @@
     poll() -> list[Transfer]                               finished since last poll; never blocks
     wait(timeout) -> list[Transfer]                        blocks until at least one has finished
 
-Copies run piece by piece: between pieces the most urgent copy goes first, so that a demand waits
-for at most one piece of a prefetch. Moves bytes and decides nothing: no cache, no predictions.
+Copies run piece by piece, and every worker takes the most urgent piece there is: a demand gets
+the whole bandwidth, and waits for at most one piece per worker of a prefetch. Moves bytes and decides nothing: no cache, no predictions.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ class Transfer:
     """
 
     __slots__ = (
-        "_cancel",
-        "_piece",
-        "_pieces",
+        "_num_done",
+        "_num_flying",
+        "_num_issued",
+        "_num_pieces",
+        "_stop",
         "busy",
         "bytes_moved",
         "error",
@@ -102,17 +104,23 @@ class Transfer:
         self.error: TransferError | None = None
         self.submitted_s = time.perf_counter()
         self.busy: list[tuple[float, float]] = []
-        self._piece = 0
-        self._pieces = pieces
-        self._cancel = False
+        self._num_pieces = pieces
+        self._num_issued = 0
+        self._num_flying = 0
+        self._num_done = 0
+        self._stop = False
+
+    @property
+    def _is_issuable(self) -> bool:
+        return not self._stop and self._num_issued < self._num_pieces
 
 
 class TransferEngine:
-    """Works off copies on `num_workers` threads, the most urgent first.
+    """Works off copies on `num_workers` threads, the most urgent piece first.
 
     Args:
         backend: Moves the bytes.
-        num_workers: Copies in flight at once.
+        num_workers: Pieces in flight at once.
     """
 
     def __init__(self, backend: CopyBackend, *, num_workers: int = 2) -> None:
@@ -159,27 +167,26 @@ class TransferEngine:
     def raise_priority(self, transfer: Transfer) -> None:
         """Turn a prefetch into a demand, cancelled or not; what is copied stays copied."""
         with self._lock:
-            transfer._cancel = False
-            if transfer.priority is Priority.DEMAND:
+            if transfer.state not in (TransferState.QUEUED, TransferState.RUNNING):
                 return
+            if transfer.error is None:
+                transfer._stop = False
             transfer.priority = Priority.DEMAND
-            if transfer.state is TransferState.QUEUED:
-                # The old queue entry is skipped when it surfaces: its priority no longer agrees.
-                self._push(transfer)
+            # An older queue entry is skipped when it surfaces: its priority no longer agrees.
+            self._push(transfer)
+            self._work.notify()
 
     def cancel(self, transfer: Transfer) -> bool:
-        """Stop a copy; a running one stops after its piece. False once it has finished.
+        """Stop a copy; a running one stops after its pieces in flight. False once it has finished.
 
         Its end is reported by `poll` like any other: the slot is in use until then.
         """
         with self._lock:
-            if transfer.state is TransferState.QUEUED:
-                self._finish(transfer, TransferState.CANCELLED)
-                return True
-            if transfer.state is TransferState.RUNNING:
-                transfer._cancel = True
-                return True
-            return False
+            if transfer.state not in (TransferState.QUEUED, TransferState.RUNNING):
+                return False
+            transfer._stop = True
+            self._finish_if_over(transfer)
+            return True
 
     def poll(self) -> list[Transfer]:
         """Give what has finished since the last call; never blocks."""
@@ -197,12 +204,13 @@ class TransferEngine:
             return finished
 
     def close(self) -> None:
-        """Cancel what is queued, let running pieces end, stop the threads."""
+        """Cancel what is queued, let pieces in flight end, stop the threads."""
         with self._lock:
             self._closed = True
             for *_, transfer in self._queue:
-                if transfer.state is TransferState.QUEUED:
-                    self._finish(transfer, TransferState.CANCELLED)
+                if transfer.state in (TransferState.QUEUED, TransferState.RUNNING):
+                    transfer._stop = True
+                    self._finish_if_over(transfer)
             self._queue.clear()
             self._work.notify_all()
         for thread in self._threads:
@@ -213,57 +221,59 @@ class TransferEngine:
         entry = (transfer.priority.value, transfer.order, next(self._sequence), transfer)
         heapq.heappush(self._queue, entry)
 
-    def _finish(self, transfer: Transfer, state: TransferState) -> None:
-        transfer.state = state
-        self._num_open -= 1
-        self._finished.append(transfer)
-        self._news.notify_all()
-
-    def _take(self) -> Transfer | None:
-        """Wait for the most urgent queued copy; None when closing."""
+    def _take(self) -> tuple[Transfer, int] | None:
+        """Wait for the most urgent piece; None when closing."""
         with self._lock:
             while True:
                 while self._queue:
-                    priority, _, _, transfer = heapq.heappop(self._queue)
-                    if (
-                        transfer.state is TransferState.QUEUED
-                        and transfer.priority.value == priority
-                    ):
-                        transfer.state = TransferState.RUNNING
-                        return transfer
+                    priority, _, _, transfer = self._queue[0]
+                    if not transfer._is_issuable or transfer.priority.value != priority:
+                        heapq.heappop(self._queue)
+                        continue
+                    piece = transfer._num_issued
+                    transfer._num_issued += 1
+                    transfer._num_flying += 1
+                    transfer.state = TransferState.RUNNING
+                    if transfer._is_issuable:
+                        self._work.notify()
+                    return transfer, piece
                 if self._closed:
                     return None
                 self._work.wait()
 
     def _run(self) -> None:
-        while (transfer := self._take()) is not None:
-            self._copy(transfer)
-
-    def _copy(self, transfer: Transfer) -> None:
-        """Copy pieces until the transfer ends or something more urgent is waiting."""
-        while True:
+        while (taken := self._take()) is not None:
+            transfer, piece = taken
             start = time.perf_counter()
+            moved, failure = 0, None
             try:
-                moved = self._backend.copy_piece(transfer.plan, transfer.slot, transfer._piece)
+                moved = self._backend.copy_piece(transfer.plan, transfer.slot, piece)
             except Exception as error:  # reaches the caller through poll
-                transfer.error = _as_transfer_error(transfer.key, error)
-                with self._lock:
-                    self._finish(transfer, TransferState.FAILED)
-                return
-            transfer.busy.append((start, time.perf_counter()))
-            transfer.bytes_moved += moved
-            transfer._piece += 1
+                failure = _as_transfer_error(transfer.key, error)
+            end = time.perf_counter()
             with self._lock:
-                if transfer._piece == transfer._pieces:
-                    self._finish(transfer, TransferState.DONE)
-                    return
-                if transfer._cancel or self._closed:
-                    self._finish(transfer, TransferState.CANCELLED)
-                    return
-                if self._queue and self._queue[0][0] < transfer.priority.value:
-                    transfer.state = TransferState.QUEUED
-                    self._push(transfer)
-                    return
+                transfer._num_flying -= 1
+                if failure is None:
+                    transfer.busy.append((start, end))
+                    transfer.bytes_moved += moved
+                    transfer._num_done += 1
+                else:
+                    transfer.error = transfer.error or failure
+                    transfer._stop = True
+                self._finish_if_over(transfer)
+
+    def _finish_if_over(self, transfer: Transfer) -> None:
+        """End a transfer that has all its pieces, or stopped and has none in flight."""
+        if transfer._num_done == transfer._num_pieces:
+            state = TransferState.DONE
+        elif transfer._stop and transfer._num_flying == 0:
+            state = TransferState.CANCELLED if transfer.error is None else TransferState.FAILED
+        else:
+            return
+        transfer.state = state
+        self._num_open -= 1
+        self._finished.append(transfer)
+        self._news.notify_all()
 
 
 def _as_transfer_error(key: ExpertKey, error: Exception) -> TransferError:

@@ -1,0 +1,159 @@
+"""Settings that make sense are taken, and all others are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from foreload.config import EngineConfig, SamplingConfig, format_bytes, parse_size
+from foreload.errors import ConfigError
+
+
+def parse(text: Any, whole: int = 1000) -> int:
+    return parse_size(text, whole_bytes=whole, setting="expert_memory")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        (123, 123),
+        ("123", 123),
+        ("2KiB", 2048),
+        ("2 kib", 2048),
+        ("2k", 2048),
+        ("2KB", 2000),
+        ("1.5MiB", 3 << 19),
+        ("3MB", 3_000_000),
+        ("1GiB", 1 << 30),
+        ("1GB", 10**9),
+        (" .5 TiB ", 1 << 39),
+        ("7b", 7),
+        ("25%", 250),
+        ("12.5 %", 125),
+        ("150%", 1500),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: Any, num_bytes: int) -> None:
+    assert parse(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "much", "2 GiBs", "GiB", "-1GiB", "1e9", "%", "2%%", "1,000", None, 0.25, True, []]
+)
+def test_what_is_no_size_is_refused(text: Any) -> None:
+    with pytest.raises(ConfigError, match=r"expert_memory=.*is not a size") as caught:
+        parse(text)
+    assert '"25%"' in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("text", [0, -5, "0", "0%", "0.1", "0.01%"])
+def test_less_than_a_byte_is_refused(text: Any) -> None:
+    with pytest.raises(ConfigError, match="more than nothing"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (655360, "640.0 KiB"),
+        (3 << 29, "1.5 GiB"),
+        (5 << 40, "5.0 TiB"),
+        (5 << 50, "5120.0 TiB"),
+        (-2048, "-2.0 KiB"),
+    ],
+)
+def test_sizes_are_written_for_people(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+
+
+class TestEngineConfig:
+    def test_the_defaults_are_valid_and_frozen(self) -> None:
+        config = EngineConfig()
+        assert config.model == "demo"
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.model = "other"  # type: ignore[misc]
+
+    @pytest.mark.parametrize("name", EngineConfig.CHOICES)
+    def test_every_choice_is_taken_and_others_are_refused(self, name: str) -> None:
+        for choice in EngineConfig.CHOICES[name]:
+            assert getattr(EngineConfig(**{name: choice}), name) == choice
+        with pytest.raises(ConfigError, match=f"{name}='nonsense'") as caught:
+            EngineConfig(**{name: "nonsense"})
+        assert EngineConfig.CHOICES[name][-1] in str(caught.value.hint)
+
+    @pytest.mark.parametrize("name", ["lookahead_layers", "num_workers", "prefill_chunk"])
+    @pytest.mark.parametrize("value", [0, -1, 1.5, "2", None])
+    def test_counts_are_whole_and_positive(self, name: str, value: Any) -> None:
+        assert getattr(EngineConfig(**{name: 3}), name) == 3
+        with pytest.raises(ConfigError, match=name):
+            EngineConfig(**{name: value})
+
+    @pytest.mark.parametrize("value", ["auto", "25%", "1GiB", 12345])
+    def test_expert_memory_is_a_size_or_auto(self, value: Any) -> None:
+        assert EngineConfig(expert_memory=value).expert_memory == value
+
+    @pytest.mark.parametrize("value", ["some", 0, 0.5])
+    def test_expert_memory_that_is_no_size_is_refused(self, value: Any) -> None:
+        with pytest.raises(ConfigError, match="expert_memory"):
+            EngineConfig(expert_memory=value)
+
+    def test_a_dictionary_goes_there_and_back(self) -> None:
+        config = EngineConfig(model="m", expert_memory="10%", num_workers=3)
+        values = json.loads(json.dumps(config.to_dict()))
+        assert EngineConfig.from_dict(values) == config
+        assert values["num_workers"] == 3
+
+    def test_an_unknown_name_is_refused_with_the_known_ones(self) -> None:
+        with pytest.raises(ConfigError, match="'expert_mem'") as caught:
+            EngineConfig.from_dict({"expert_mem": "1GiB"})
+        assert "expert_memory" in str(caught.value.hint)
+
+    def test_a_changed_copy_is_checked_too(self) -> None:
+        config = EngineConfig()
+        assert config.with_values(eviction="lru").eviction == "lru"
+        assert config.eviction == "next-use"
+        with pytest.raises(ConfigError):
+            config.with_values(eviction="nonsense")
+
+
+class TestSamplingConfig:
+    @pytest.mark.parametrize(
+        ("name", "good", "bad"),
+        [
+            ("max_new_tokens", [1, 9], [0, -1]),
+            ("temperature", [0, 0.0, 1.5], [-0.1, float("nan")]),
+            ("top_p", [1.0, 0.01], [0.0, 1.01, -1, float("nan")]),
+            ("top_k", [0, 1], [-1]),
+        ],
+    )
+    def test_limits(self, name: str, good: list[Any], bad: list[Any]) -> None:
+        for value in good:
+            assert getattr(SamplingConfig(**{name: value}), name) == value
+        for value in bad:
+            with pytest.raises(ConfigError, match=name):
+                SamplingConfig(**{name: value})
+
+    @pytest.mark.parametrize(
+        ("given", "kept"), [("END", ("END",)), (["a", "b"], ("a", "b")), ((), ())]
+    )
+    def test_stop_is_one_text_or_several(self, given: Any, kept: tuple[str, ...]) -> None:
+        assert SamplingConfig(stop=given).stop == kept
+
+    @pytest.mark.parametrize("stop", ["", ["a", ""], [1]])
+    def test_stop_texts_are_not_empty(self, stop: Any) -> None:
+        with pytest.raises(ConfigError, match="stop"):
+            SamplingConfig(stop=stop)
+
+    def test_an_unknown_name_is_refused_with_the_known_ones(self) -> None:
+        with pytest.raises(ConfigError, match="max_tokens") as caught:
+            SamplingConfig.from_dict({"max_tokens": 5})
+        assert "max_new_tokens" in str(caught.value.hint)
+
+    def test_greedy_is_the_default(self) -> None:
+        assert SamplingConfig().temperature == 0

@@ -1,0 +1,104 @@
+"""The house is in order: each module has its test, its exports are true, its tools allowed."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "foreload"
+MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
+
+# Modules without a test file of their own: the file that tests them, or why none does.
+TESTED_ELSEWHERE = {
+    "__init__.py": "tests/test_import.py",
+    "bench/machine.py": "tests/bench/test_suite.py",
+    "bench/measure.py": "tests/bench/test_suite.py",
+    "bench/plots.py": "tests/bench/test_suite.py",
+    "bench/report.py": "tests/bench/test_suite.py",
+    "bench/workload.py": "tests/bench/test_suite.py",
+    "cli/__init__.py": "tests/cli/test_command.py",
+    "cli/options.py": "tests/cli/test_command.py",
+    "cli/statistics.py": "tests/cli/test_generate.py",
+    "cli/streaming.py": "tests/cli/test_generate.py",
+    "cli/terminal.py": "tests/cli/test_command.py",
+    "cli/verb.py": "tests/cli/test_command.py",
+    "model/selfcheck.py": "tests/equivalence/test_every_architecture.py",
+}
+
+
+def has_code(path: Path) -> bool:
+    """Tell whether a module is more than a docstring."""
+    return len(ast.parse((SOURCE / path).read_text()).body) > 1
+
+
+def own_test(path: Path) -> Path:
+    return ROOT / "tests" / path.parent / f"test_{path.name}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if has_code(path)], ids=str)
+def test_every_module_has_its_test(path: Path) -> None:
+    listed = TESTED_ELSEWHERE.get(path.as_posix())
+    if listed is None:
+        assert own_test(path).is_file(), f"write {own_test(path).relative_to(ROOT)}"
+    else:
+        assert (ROOT / listed).is_file(), f"{listed} is gone"
+        assert not own_test(path).is_file(), "it has a test of its own: take it off the list"
+
+
+def test_the_list_names_only_modules_that_exist() -> None:
+    assert set(TESTED_ELSEWHERE) <= {path.as_posix() for path in MODULES}
+
+
+def exported(path: Path) -> list[str] | None:
+    for node in ast.parse((SOURCE / path).read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+def export_order(name: str) -> tuple[int, str]:
+    """Sort constants first, then classes, then functions."""
+    kind = 0 if name.isupper() else 1 if name[0].isupper() else 2
+    return kind, name
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if has_code(path)], ids=str)
+def test_exports_are_sorted_and_true(path: Path) -> None:
+    names = exported(path)
+    assert names is not None, "a module says what it is for others to use"
+    assert names == sorted(set(names), key=export_order)
+    dotted = ".".join(["foreload", *path.with_suffix("").parts]).removesuffix(".__init__")
+    module = importlib.import_module(dotted)
+    for name in names:
+        assert hasattr(module, name), f"{dotted} exports {name}, which it does not have"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse((SOURCE / path).read_text()))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_no_module_reaches_for_a_gpu_or_asserts(path: Path) -> None:
+    tree = ast.parse((SOURCE / path).read_text())
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert is for tests"
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "cuda", f"line {node.lineno}: everything runs on the CPU so far"
+
+
+def test_names_that_say_nothing_are_not_used() -> None:
+    nothing = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py", "manager.py"}
+    found = {path.name for path in MODULES}
+    assert "tiers.py" in found
+    assert not found & nothing
+
+
+def test_test_files_have_different_names() -> None:
+    """Without packages, pytest cannot tell two test files of one name apart."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
