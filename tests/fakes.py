@@ -7,6 +7,8 @@ import random
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from foreload.config import EngineConfig
 from foreload.engine import Engine, resolve
 from foreload.memory.arena import SlotArena, slot_bytes
@@ -15,6 +17,7 @@ from foreload.memory.eviction import make_eviction
 from foreload.memory.tiers import ExpertTiers
 from foreload.metrics import Metrics, Timeline
 from foreload.model.hf import load_model, load_tokenizer
+from foreload.predict.calibration import DefaultVectorRecorder, calibration_path
 from foreload.types import ExpertKey, ExpertPlan, ExpertTensor, Prediction, Span
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from foreload.memory.eviction import EvictionPolicy
-    from foreload.types import Predictor, RoutingEvent
+    from foreload.types import ModelSpec, Predictor, RoutingEvent
 
 T = TypeVar("T")
 
@@ -202,27 +205,41 @@ def least_memory(plans: Sequence[Sequence[ExpertPlan]], top_k: int) -> int:
     return size * (top_k + 1)
 
 
+def write_random_vectors(cache_dir: Path, spec: ModelSpec) -> None:
+    """Write a calibration that says nothing true about the model."""
+    recorder = DefaultVectorRecorder(spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+    recorder._sum.normal_(generator=torch.Generator().manual_seed(0))
+    recorder._count.fill_(1)
+    recorder.write(calibration_path(cache_dir, spec.identity), spec.identity)
+
+
 def make_engine(
     directory: Path,
     *,
-    predictor: Predictor | None = None,
+    predictor: str | Callable[[ModelSpec], Predictor] = "auto",
     policy: EvictionPolicy | None = None,
     backend: Callable[[SlotArena], Any] = DiskBackend,
     cache_dir: Path | None = None,
     **settings: Any,
 ) -> Engine:
-    """Open a checkpoint with parts of the engine exchanged; "minimum" is a size here too."""
-    dtype = settings.get("dtype", "auto")
-    loaded = load_model(directory, dtype=dtype)
+    """Open a checkpoint with parts of the engine exchanged.
+
+    A predictor may be a setting or a function that makes one; "minimum" is a size here too, and
+    with a `cache_dir` the predictor "default-vectors" finds random vectors.
+    """
+    loaded = load_model(directory, dtype=settings.get("dtype", "auto"))
     if settings.get("expert_memory") == "minimum":
         settings["expert_memory"] = least_memory(loaded.plans, loaded.spec.top_k)
+    settings["predictor"] = predictor if isinstance(predictor, str) else "lookahead"
+    if predictor == "default-vectors" and cache_dir is not None:
+        write_random_vectors(cache_dir, loaded.spec)
     config = resolve(EngineConfig.from_dict({"model": str(directory), **settings}), loaded)
     return Engine(
         loaded,
         load_tokenizer(directory),
         config,
         cache_dir=cache_dir or directory / "no-cache",
-        predictor=predictor,
+        predictor=None if isinstance(predictor, str) else predictor(loaded.spec),
         policy=policy,
         backend=backend,
     )

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreload.engine import default_cache_dir
 from foreload.errors import ConfigError, UnsupportedModelError
 from foreload.predict.calibration import DefaultVectorRecorder, calibration_path
 from foreload.predict.lookahead import DefaultVectors, Lookahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -86,7 +84,6 @@ def calibrate(
     *,
     max_tokens: int = 16384,
     max_held_out_tokens: int = 512,
-    cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
     """Measure default vectors on a text and save them; measure recall on its last fifth.
@@ -99,7 +96,6 @@ def calibrate(
         text: Text like the text to be generated, or its token ids.
         max_tokens: Most tokens of the text to use.
         max_held_out_tokens: Most tokens of the last fifth to use: they run one by one.
-        cache_dir: Where the vectors are saved; by default the user's cache directory.
         progress: Called with what is being measured, tokens done, and tokens in all.
 
     Raises:
@@ -118,7 +114,7 @@ def calibrate(
 
     recorder = _record(engine, measured, progress)
     spec = engine.spec
-    path = calibration_path(cache_dir or default_cache_dir(), spec.identity)
+    path = calibration_path(engine.cache_dir, spec.identity)
     recorder.write(path, spec.identity)
 
     depths = sorted(

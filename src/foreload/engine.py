@@ -104,6 +104,7 @@ class Engine:
         spec: The numbers about the model.
         model: The transformers model.
         tokenizer: Its tokenizer, or None where the checkpoint has none.
+        cache_dir: Where calibrations are kept.
         metrics: Counters since the engine was made.
         timeline: Spans of computation, disk and stall; switched off until `timeline.is_on`.
     """
@@ -126,7 +127,7 @@ class Engine:
         self.metrics = Metrics()
         self.timeline = Timeline()
         self._loaded = loaded
-        self._cache_dir = cache_dir
+        self.cache_dir = cache_dir
         self._cancelled = threading.Event()
         self._closed = False
         self._handles: list[Any] = []
@@ -190,9 +191,8 @@ class Engine:
         config = EngineConfig.from_dict({"model": str(model), **settings})
         directory = resolve_model(config.model)
         loaded = load_model(directory, dtype=config.dtype, progress=progress)
-        resolved = resolve(config, loaded)
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        return cls(loaded, load_tokenizer(directory), resolved, cache_dir=folder)
+        return cls(loaded, load_tokenizer(directory), resolve(config, loaded), cache_dir=folder)
 
     def generate(self, prompt: Prompt, **sampling: Any) -> GenerationResult:
         """Generate text and wait for all of it.
@@ -310,7 +310,7 @@ class Engine:
         lookahead = Lookahead(routers, max_distance=ahead, num_extra=extra)
         if self.config.predictor == "lookahead":
             return lookahead
-        path = calibration_path(self._cache_dir, self.spec.identity)
+        path = calibration_path(self.cache_dir, self.spec.identity)
         if not path.is_file():
             if self.config.predictor == "default-vectors":
                 raise ConfigError(
@@ -399,6 +399,7 @@ class Engine:
             self.make_cache(),
             config,
             prefill_chunk=self.config.prefill_chunk,
+            is_cancelled=self._cancelled.is_set,
         )
         finish_reason = "length"
         for token in tokens:
@@ -413,8 +414,9 @@ class Engine:
                 break
             yield Chunk((token,), text)
             if self._cancelled.is_set():
-                finish_reason = "cancelled"
                 break
+        if self._cancelled.is_set() and finish_reason == "length":
+            finish_reason = "cancelled"
         rest = "" if stop.is_stopped else stop.feed(detokenizer.flush()) + stop.flush()
         yield Chunk((), rest, finish_reason, clock.stats())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from foreload.errors import CheckpointError
+from foreload.predict import calibration
 from foreload.predict.calibration import (
     DefaultVectorRecorder,
     calibration_path,
@@ -95,13 +97,21 @@ def test_a_file_without_vectors_is_refused(tmp_path: Path) -> None:
         read_default_vectors(path, "abc", SHAPE)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "v.safetensors"
     recorded().write(path, "abc")
-    (tmp_path / "v.part").mkdir()  # in the way of the new file
+
+    def fill_the_disk(tensors: Any, part: Path, **settings: Any) -> None:
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(calibration, "save_file", fill_the_disk)
     with pytest.raises(CheckpointError, match="cannot write"):
         DefaultVectorRecorder(*SHAPE).write(path, "abc")
     assert torch.equal(read_default_vectors(path, "abc", SHAPE), recorded().vectors())
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path: Path) -> None:

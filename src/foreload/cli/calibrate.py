@@ -61,7 +61,6 @@ def calibrate(
                 sample,
                 max_tokens=max_tokens,
                 max_held_out_tokens=max_held_out_tokens,
-                cache_dir=cache_dir,
                 progress=report,
             )
         config = engine.config.to_dict()

@@ -13,7 +13,7 @@ import torch
 from foreload.decode.sampling import sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -36,6 +36,7 @@ def decode(
     config: SamplingConfig,
     *,
     prefill_chunk: int,
+    is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
     """Generate token ids one by one; the caller stops by no longer asking.
 
@@ -45,6 +46,7 @@ def decode(
         kv_cache: Empty cache of this sequence.
         config: Sampling settings.
         prefill_chunk: Most prompt tokens per forward.
+        is_cancelled: Asked between forwards of the prompt; true ends without a token.
     """
     generator = torch.Generator()
     if config.seed is None:
@@ -53,6 +55,8 @@ def decode(
         generator.manual_seed(config.seed)
     logits = None
     for start in range(0, len(prompt_ids), prefill_chunk):
+        if is_cancelled():
+            return
         chunk = torch.tensor([list(prompt_ids[start : start + prefill_chunk])])
         logits = forward(chunk, kv_cache)
     if logits is None:

@@ -7,7 +7,8 @@
     wait(timeout) -> list[Transfer]                        blocks until at least one has finished
 
 Copies run piece by piece, and every worker takes the most urgent piece there is: a demand gets
-the whole bandwidth, and waits for at most one piece per worker of a prefetch. Moves bytes and decides nothing: no cache, no predictions.
+the whole bandwidth, and waits for at most one piece per worker of a prefetch. Moves bytes and
+decides nothing: no cache, no predictions.
 """
 
 from __future__ import annotations

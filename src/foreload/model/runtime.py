@@ -167,7 +167,7 @@ class ExpertRuntime:
 
     def _prefetch(self, event: RoutingEvent) -> None:
         """Predict, and start the copies that are worth it: near layers and likely experts first."""
-        if self.predictor is None:
+        if self.predictor is None or not self.is_prefetching:
             return
         is_single = event.top_k_index.shape[0] == 1
         room = self._max_prefetches - self._tiers.num_open_prefetches
@@ -178,8 +178,6 @@ class ExpertRuntime:
                 if self._tiers.is_absent(ExpertKey(guess.layer, expert))
             ]
             self._guesses.setdefault(guess.layer, []).append(_OpenGuess(guess, absent, is_single))
-            if not self.is_prefetching:
-                continue
             for expert, confidence in absent:
                 odds = self._odds.get(guess.distance, is_single, confidence)
                 if room <= 0 or odds < self._min_odds:

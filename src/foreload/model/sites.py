@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foreload.errors import UnsupportedModelError
+from foreload.types import RouterOutput
 
 __all__ = [
     "MoeSite",
-    "RouterOutput",
     "discover_sites",
     "expert_parameters",
     "is_experts",
@@ -41,18 +41,6 @@ _TOP_K_NAMES = (
     "top_k",
     "num_selected_experts",
 )
-
-
-class RouterOutput(NamedTuple):
-    """What a router answered.
-
-    `top_k_index` (T, K) int64, `top_k_weights` (T, K), and `logits` (T, E) where the router gives
-    them.
-    """
-
-    logits: Tensor | None
-    top_k_index: Tensor
-    top_k_weights: Tensor
 
 
 @dataclass(slots=True)
@@ -372,14 +360,14 @@ def _read_router_output(output: Any, site: MoeSite) -> RouterOutput | None:
             return None
         logits = logits.reshape(-1, site.num_experts)
         weights, index = torch.softmax(logits.float(), -1).topk(site.top_k, -1)
-        return RouterOutput(logits, index, weights)
+        return RouterOutput(index, weights, logits)
     # the logits come first, so with K equal to E the last float is the weights
     weights_found = [f for f in floats if f.shape[-1] == index.shape[-1]]
     if not weights_found:
         return None
     index = index.reshape(-1, index.shape[-1])
     return RouterOutput(
-        None if logits is None else logits.reshape(-1, site.num_experts),
         index,
         weights_found[-1].reshape(index.shape),
+        None if logits is None else logits.reshape(-1, site.num_experts),
     )

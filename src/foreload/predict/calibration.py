@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,7 +56,7 @@ class DefaultVectorRecorder:
         Raises:
             CheckpointError: The file cannot be written.
         """
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"default_vectors": self.vectors()}, part, metadata={"identity": identity})
