@@ -416,12 +416,16 @@ class TestFlush:
         take(tiers, 0, [0])
         guess(tiers, 1, 0)
         guess(tiers, 1, 1)
-        disk.let_go(1)
+        while disk.wait_begun() != ("1.0", 0):
+            pass
+        release = threading.Timer(0.05, disk.let_all_go)
+        release.start()
         finish(tiers.flush)
+        release.join()
         assert tiers.cache.keys() == []
         assert tiers.num_open_prefetches == 0
         assert metrics.num_prefetched_used == 0
-        disk.let_all_go()
+        assert "1.1" not in [name for name, _ in disk.log], "what was queued is called off"
         assert take(tiers, 0, [0]) == [0]
         assert metrics.num_misses == 2
 

@@ -265,10 +265,14 @@ class TestErrors:
         assert isinstance(broken.error.__cause__, OSError)
 
     def test_a_failed_copy_ends_only_when_no_piece_of_it_is_in_flight(self) -> None:
+        second_begun = threading.Event()
+
         class FirstPieceBroken(SteppedBackend):
             def copy_piece(self, plan: ExpertPlan, slot: int, piece: int) -> int:
                 if piece == 0:
+                    second_begun.wait(PATIENCE_S)
                     raise OSError(5, "Input/output error")
+                second_begun.set()
                 return super().copy_piece(plan, slot, piece)
 
         disk = FirstPieceBroken(SlotArena(1, 4096), pieces=3)

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import errors
+from safetensors.torch import save_file
 
 from foreload.errors import CheckpointError, OfflineError
+from foreload.memory.checkpoint import CheckpointIndex
 from foreload.model import source
-from foreload.model.source import resolve_model
+from foreload.model.source import open_headers, resolve_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,3 +161,50 @@ def test_the_demo_is_part_of_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "config.json").write_text("{}")
     assert resolve_model("demo") == tmp_path / "demo"
+
+
+class FakeHubFiles:
+    """Stands in for `HfFileSystem`: serves a folder, and remembers how many bytes it gave away."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_given = 0
+
+    def ls(self, root: str, *, detail: bool) -> list[dict[str, Any]]:
+        return [
+            {"name": f"{root}/{path.name}", "size": path.stat().st_size}
+            for path in sorted(self.folder.iterdir())
+        ]
+
+    def cat_file(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        data = (self.folder / path.rpartition("/")[2]).read_bytes()[start:end]
+        self.bytes_given += len(data)
+        return data
+
+
+def test_headers_of_a_hub_model_come_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"w": torch.zeros(1 << 20), "v": torch.ones(3)}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "weights.bin").write_bytes(b"not fetched")
+    hub = FakeHubFiles(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: hub)
+    use_hub(monkeypatch, http_error(errors.LocalEntryNotFoundError, "not cached"))
+    with open_headers("owner/model") as folder:
+        index = CheckpointIndex.open(folder)
+        assert index["w"].shape == (1 << 20,)
+        assert not (folder / "weights.bin").exists()
+    assert hub.bytes_given < 1000
+    assert not folder.exists()
+
+
+def test_headers_of_a_cached_hub_model_are_read_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    hub = use_hub(monkeypatch, tmp_path)
+    with open_headers("owner/model@v1") as folder:
+        assert folder == tmp_path
+    assert hub.calls == [("owner/model", {"revision": "v1", "local_files_only": True})]

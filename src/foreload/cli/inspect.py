@@ -23,10 +23,10 @@ def inspect(
     """
     with terminal.status("Reading the headers"):
         from foreload.model.describe import describe
-        from foreload.model.source import resolve_model
+        from foreload.model.source import open_headers
 
-        folder = resolve_model(model)
-        report = describe(folder, dtype=settings.dtype)
+        with open_headers(model) as folder:
+            report = describe(folder, dtype=settings.dtype)
     values = report.to_dict()
     terminal.print_json({"model": model, "directory": str(folder), **values})
     terminal.show(_table(model, values))

@@ -53,7 +53,7 @@ class ExpertRuntime:
         sum_rules: Sequence[SumRule],
         predictor: Predictor | None,
         max_prefetches: int,
-        min_odds: float = 0.3,
+        min_odds: float = 0.5,
         switch: PrefetchSwitch | None = None,
     ) -> None:
         self.predictor = predictor

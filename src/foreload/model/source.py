@@ -11,6 +11,7 @@ import re
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from foreload.errors import CheckpointError, OfflineError
@@ -18,7 +19,7 @@ from foreload.errors import CheckpointError, OfflineError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ALLOW_PATTERNS", "DEMO_NAME", "resolve_model"]
+__all__ = ["ALLOW_PATTERNS", "DEMO_NAME", "open_headers", "resolve_model"]
 
 DEMO_NAME = "demo"
 ALLOW_PATTERNS = (
@@ -33,6 +34,8 @@ ALLOW_PATTERNS = (
 )
 # repositories such as openai/gpt-oss-20b carry the same weights again in these folders
 IGNORE_PATTERNS = ("original/*", "metal/*", "onnx/*", "*.pth", "*.pt", "*.bin")
+
+_MOST_HEADER_BYTES = 100_000_000
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -51,6 +54,40 @@ def resolve_model(name: str) -> Path:
         CheckpointError: No such folder or repository, or access to it was refused.
         OfflineError: The Hub cannot be reached and the model is not in the cache.
     """
+    local = _find_local(name)
+    return _download(*_parse_hub_name(name)) if local is None else local
+
+
+@contextmanager
+def open_headers(name: str) -> Iterator[Path]:
+    """Give a folder to read configuration and headers from; weights are not downloaded.
+
+    For a Hub model that is not in the cache the folder is temporary: its safetensors files have
+    their true size and header, and holes in place of weights.
+
+    Args:
+        name: As for `resolve_model`.
+
+    Raises:
+        CheckpointError: No such folder or repository, or access to it was refused.
+        OfflineError: The Hub cannot be reached and the model is not in the cache.
+    """
+    local = _find_local(name)
+    if local is not None:
+        yield local
+        return
+    repository, revision = _parse_hub_name(name)
+    cached = _find_cached(repository, revision)
+    if cached is not None:
+        yield cached
+        return
+    with TemporaryDirectory(prefix="foreload-") as folder:
+        with _translated_errors(repository, revision):
+            _fetch_headers(repository, revision, Path(folder))
+        yield Path(folder)
+
+
+def _find_local(name: str) -> Path | None:
     if name == DEMO_NAME:
         return _find_demo()
     folder = Path(name).expanduser()
@@ -60,13 +97,49 @@ def resolve_model(name: str) -> Path:
         raise CheckpointError(
             f"{name} is a file", hint="give the folder that holds config.json and this file"
         )
+    return None
+
+
+def _parse_hub_name(name: str) -> tuple[str, str | None]:
     repository, _, revision = name.partition("@")
     if not _HUB_NAME.fullmatch(repository):
         raise CheckpointError(
             f"no folder {name!r}, and it cannot be the name of a Hub model",
             hint="give an existing folder, or a name such as Qwen/Qwen3-30B-A3B",
         )
-    return _download(repository, revision or None)
+    return repository, revision or None
+
+
+def _find_cached(repository: str, revision: str | None) -> Path | None:
+    """Give the cached snapshot, if all its weights are there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def _fetch_headers(repository: str, revision: str | None, folder: Path) -> None:
+    """Fetch the small files whole, and of each safetensors file its header."""
+    from huggingface_hub import HfFileSystem
+
+    hub = HfFileSystem()
+    root = repository if revision is None else f"{repository}@{revision}"
+    for entry in hub.ls(root, detail=True):
+        path = str(entry["name"])
+        target = folder / path.rpartition("/")[2]
+        if path.endswith(".json"):
+            target.write_bytes(hub.cat_file(path))
+        elif path.endswith(".safetensors"):
+            size = int(entry["size"])
+            length = int.from_bytes(hub.cat_file(path, start=0, end=8), "little")
+            end = min(8 + length, _MOST_HEADER_BYTES, size)
+            with target.open("wb") as file:
+                file.write(hub.cat_file(path, start=0, end=end))
+                file.truncate(size)
 
 
 def _find_demo() -> Path:
