@@ -73,9 +73,9 @@ class Clockwork:
 
 
 class TestPrefetchSwitch:
-    def test_it_starts_on_and_tries_without_after_a_while(self) -> None:
+    def test_it_starts_on_and_tries_without_early_and_after_a_while(self) -> None:
         was_on = Clockwork(1.0, 1.0).run(36)
-        assert was_on == [True] * 32 + [False] * 4
+        assert was_on == [True] * 8 + [False] * 4 + [True] * 20 + [False] * 4
 
     def test_prefetching_that_pays_stays_on_but_for_trials(self) -> None:
         was_on = Clockwork(1.0, 2.0).run(400)

@@ -61,7 +61,7 @@ class PrefetchSwitch:
     """Switches prefetching off while measured step times say that it loses.
 
     Windows of steps with and without prefetching are compared by their median step time. The
-    current winner runs; the other is tried again for one window now and then.
+    current winner runs; the other is tried early on, and again for one window now and then.
 
     Args:
         window: Steps per window.
@@ -91,5 +91,5 @@ class PrefetchSwitch:
         self._windows_run += 1
         if len(self._medians) == 2:
             self._prefers = self._medians[True] <= self._medians[False] * (1 + self._margin)
-        is_trial = self._windows_run % self._trial_every == 0
+        is_trial = self._windows_run == 2 or self._windows_run % self._trial_every == 0
         self.is_on = self._prefers != is_trial
