@@ -213,23 +213,19 @@ def encode(tokenizer: Tokenizer, documents: list[Document]) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def interleaved(documents: list[Document], smallest: int, largest: int) -> Iterator[Document]:
-    """Yields documents of moderate size, taking the modules in turn.
+def interleaved(documents: list[Document]) -> Iterator[Document]:
+    """Yields documents taking the modules in turn, library code before tests within each.
 
     Args:
         documents: The documents.
-        smallest: Least number of characters.
-        largest: Largest number of characters.
 
     Yields:
-        Documents, library code before tests within each module.
+        All of them.
     """
     modules: dict[str, list[Document]] = {}
     for document in sorted(documents, key=lambda d: (d.name.startswith("test/"), d.name)):
-        if smallest <= len(document.text) <= largest:
-            top = document.name.split("/")
-            key = top[1] if top[0] == "test" and len(top) > 1 else top[0]
-            modules.setdefault(key.removeprefix("test_").removesuffix(".py"), []).append(document)
+        key = document.name.removeprefix("test/").removeprefix("test_").split("/")[0]
+        modules.setdefault(key.removesuffix(".py"), []).append(document)
     while modules:
         for key in list(modules):
             yield modules[key].pop(0)
@@ -237,16 +233,21 @@ def interleaved(documents: list[Document], smallest: int, largest: int) -> Itera
                 del modules[key]
 
 
-def write_sample(path: Path, documents: Iterable[Document], limit: int) -> None:
+def write_sample(path: Path, documents: Iterable[Document], limit: int, longest: int) -> None:
     """Writes documents to one text file, a marker line before each.
 
     Args:
         path: File to write.
-        documents: The documents, taken in order.
+        documents: The documents, taken in order; very short ones are passed over.
         limit: Stop once this many bytes are written.
+        longest: Take this many characters of a document at most, whole lines of it.
     """
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for document in documents:
             if file.tell() >= limit:
                 break
-            file.write(f"# --- file: {document.name} ---\n{document.text.rstrip()}\n")
+            text = document.text
+            if len(text) > longest:
+                text = text[: text.rindex("\n", 0, longest)]
+            if len(text) >= 2000:
+                file.write(f"# --- file: {document.name} ---\n{text.rstrip()}\n")

@@ -75,6 +75,8 @@ def save_model(
         clean_up_tokenization_spaces=False,
         model_max_length=shape.context,
     ).save_pretrained(out)
+    for path in out.glob("*.safetensors"):
+        path.chmod(0o644)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,8 @@ def measure(directory: Path, text: str, window: int) -> Measurement:
         What was measured.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids = torch.tensor([0, *AutoTokenizer.from_pretrained(directory)(text)["input_ids"]])
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = torch.tensor([0, *tokenizer(text, verbose=False)["input_ids"]])
     experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     layers = model.config.num_hidden_layers
     entropy, load = torch.zeros(layers), torch.zeros(layers, experts)
@@ -134,15 +137,22 @@ def measure(directory: Path, text: str, window: int) -> Measurement:
 
 
 @torch.no_grad()
-def continuation(directory: Path, prompt: str, tokens: int = 100) -> str:
-    """Returns a prompt and its greedy continuation."""
+def continuation(directory: Path, prompt: str, tokens: int = 120) -> str:
+    """Returns a prompt and how the model goes on, sampled at temperature 0.7 from seed 0."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = torch.tensor([[0, *tokenizer(prompt)["input_ids"]]])
+    torch.manual_seed(0)
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_k=0,
+        top_p=0.95,
     )
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    return tokenizer.decode(out[0], skip_special_tokens=True).rstrip()
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -197,13 +207,16 @@ def model_card(shape: ModelShape, short: int, recipe: str, machine: str, out: Pa
         rule=_row(["---"] * (shape.layers + 1)),
         routers="\n".join(routers),
         recipe=recipe,
-        sample=continuation(out, "def read_file(path):"),
+        prompt=_PROMPT,
+        sample=continuation(out, _PROMPT),
     )
 
 
+_PROMPT = "def read_file(path):"
 _CARD = """\
 ---
-license: psf-2.0
+license: other
+license_name: PSF-2.0
 tags: [qwen3_moe, demo]
 ---
 # Demo model of Python source
@@ -223,8 +236,9 @@ experts does: it has learnt to write Python, and its routers make decisions. It 
 The sources of the standard library of Python {python}, its tests included, and nothing else.
 Files that carry a licence of their own, generated files, data tables and near-duplicates were left
 out. That text is under the PSF License Version 2 (`LICENSE-python.txt`; Copyright (c) 2001 and
-later, Python Software Foundation; All Rights Reserved), and so are the excerpts here:
-`held_out.txt` from held-out modules, `calibration.txt` from training modules.
+later, Python Software Foundation; All Rights Reserved), and so is all that was made of it here: the
+weights, the vocabulary and the excerpts, `held_out.txt` from held-out modules and `calibration.txt`
+from training modules.
 
 Held out, together with their tests: {held_out}.
 
@@ -253,7 +267,7 @@ The course of it is in `training_log.csv`. All files here were made by
 
 ## Sample
 
-A greedy continuation of `def read_file(path):`:
+At temperature 0.7, after `{prompt}`:
 
 ```python
 {sample}
@@ -285,7 +299,6 @@ def export(
     licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
     if licence.exists():
         shutil.copyfile(licence, out / "LICENSE-python.txt")
-    held_out = demo_corpus.interleaved(corpus.held_out, 2000, 50_000)
-    demo_corpus.write_sample(out / "held_out.txt", held_out, 190_000)
-    calibration = [d for d in corpus.train if 2000 <= len(d.text) <= 12_000]
-    demo_corpus.write_sample(out / "calibration.txt", calibration, 145_000)
+    held_out = demo_corpus.interleaved(corpus.held_out)
+    demo_corpus.write_sample(out / "held_out.txt", held_out, limit=190_000, longest=14_000)
+    demo_corpus.write_sample(out / "calibration.txt", corpus.train, limit=145_000, longest=10_000)

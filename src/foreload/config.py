@@ -79,7 +79,8 @@ class EngineConfig:
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
         expert_memory: Hard ceiling of the device tier for experts: "auto", a size, or a percentage
             of all experts' bytes.
-        predictor: "auto", "none", "lookahead" or "default-vectors".
+        predictor: "none", "lookahead", "default-vectors", or "auto": the best of these by recall,
+            measured as text is generated. Prefetching switches itself off while it loses.
         lookahead_layers: How many MoE layers ahead to predict.
         eviction: "next-use", "lru", "lfu", "least-stale", or "none" (experts leave after use).
         num_workers: Copies in flight at once.

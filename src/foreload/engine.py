@@ -147,8 +147,10 @@ class Engine:
             num_workers=config.num_workers,
         )
         try:
+            switch = None
             if predictor is None and config.predictor != "none":
-                predictor = self._make_predictor()
+                predictor, switch = self._make_predictor(), PrefetchSwitch()
+                self.config = config.with_values(predictor=predictor.name)
             self.runtime = ExpertRuntime(
                 self.tiers,
                 self.metrics,
@@ -156,7 +158,7 @@ class Engine:
                 sum_rules=find_sum_rules(loaded.sites, self.model.dtype),
                 predictor=predictor,
                 max_prefetches=max(self.spec.top_k, self._arena.num_slots // 4),
-                switch=PrefetchSwitch() if config.predictor == "auto" else None,
+                switch=switch,
             )
             attach(loaded.sites, self.runtime.run_layer)
             if predictor is not None:
@@ -303,7 +305,7 @@ class Engine:
             probe_sites(self.model, sites, torch.tensor([[1, 2, 3, 4]]))
         return [functools.partial(predict_routing, site) for site in sites]
 
-    def _make_predictor(self) -> Predictor | None:
+    def _make_predictor(self) -> Predictor:
         routers = self.early_routers()
         ahead = self.config.lookahead_layers
         extra = max(1, self.spec.top_k // 2)
