@@ -300,5 +300,5 @@ def export(
     if licence.exists():
         shutil.copyfile(licence, out / "LICENSE-python.txt")
     held_out = demo_corpus.interleaved(corpus.held_out)
-    demo_corpus.write_sample(out / "held_out.txt", held_out, limit=190_000, longest=14_000)
+    demo_corpus.write_sample(out / "held_out.txt", held_out, limit=190_000, longest=10_000)
     demo_corpus.write_sample(out / "calibration.txt", corpus.train, limit=145_000, longest=10_000)

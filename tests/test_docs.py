@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import re
 import shlex
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,9 @@ def command_lines() -> Iterator[tuple[Path, str]]:
             yield page, code
 
 
-COMMANDS = [(page, line) for page, line in command_lines() if "foreload " in f"{line} "]
+COMMANDS = [
+    (page, line) for page, line in command_lines() if re.match(r"([A-Z_]+=\S+ )*foreload ", line)
+]
 SCRIPTS = [(page, line) for page, line in command_lines() if "scripts/" in line]
 
 
@@ -106,9 +107,9 @@ def test_the_readmes_python_is_the_example() -> None:
 def test_the_example_prints_what_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(read(EXAMPLE), EXAMPLE.name, "exec"), {})
     printed = capsys.readouterr().out.rstrip().splitlines()
-    shown = blocks(ROOT / "README.md", "text")[0].rstrip().splitlines()
+    shown = "\n".join(blocks(ROOT / "README.md", "text")).rstrip().splitlines()
     assert re.fullmatch(r"\d+% of the expert lookups found the expert in memory", printed[-1])
-    if shown:
+    if (DEMO / "model.safetensors").is_file():
         # Text and rate may differ between processors; what is said about them may not.
         assert masked(shown[-1]) == masked(printed[-1])
         assert len(shown) > 1
@@ -123,8 +124,6 @@ def test_a_command_line_parses(page: Path, line: str) -> None:
     words = shlex.split(line, comments=True)
     while "=" in words[0]:
         words.pop(0)
-    if words[0] != "foreload":
-        pytest.skip("another program")
     parse(words[1:])
 
 
@@ -160,8 +159,9 @@ def test_a_script_exists_and_its_options_too(page: Path, line: str) -> None:
 
 
 def test_wrong_command_lines_do_not_parse() -> None:
+    usage_error = typer.BadParameter.__bases__[0]
     for line in ("generate --expert-memori 25%", "generat", "generate --predictor psychic"):
-        with pytest.raises(BaseException):  # noqa: B017, PT011
+        with pytest.raises((AssertionError, usage_error)):
             parse(shlex.split(line))
 
 
@@ -238,7 +238,7 @@ def test_reference_pages_are_current() -> None:
 
 
 def test_reference_pages_have_every_public_thing() -> None:
-    reference = {name: text for name, text in generator().render().items()}
+    reference = generator().render()
     for name in foreload.__all__:
         assert name.startswith("_") or f"`{name}`" in reference["api.md"]
     for name in errors.__all__:
@@ -272,7 +272,7 @@ def test_the_glossarys_metrics_are_the_codes() -> None:
 def test_the_glossarys_formulas_use_names_of_the_code() -> None:
     for names, formula in glossary_rows():
         for code in re.findall(r"`([^`]*)`", formula):
-            assert set(re.findall(r"[a-z_]{2,}", code)) <= METRIC_NAMES, names
+            assert set(re.findall(r"[a-z_]\w+", code)) <= METRIC_NAMES, names
 
 
 @pytest.mark.parametrize("name", ["tpot_s", "stall_fraction", "hit_rate", "late_rate"])
@@ -283,7 +283,9 @@ def test_a_formula_of_the_glossary_stands_in_the_docstring(name: str) -> None:
 
 
 def test_the_glossarys_derived_numbers_come_out() -> None:
-    counters = {f.name: i + 2 for i, f in enumerate(dataclasses.fields(Metrics)) if f.type == "int"}
+    counters: Any = {
+        f.name: i + 2 for i, f in enumerate(dataclasses.fields(Metrics)) if f.type == "int"
+    }
     metrics = Metrics(**counters)
     values = {name: getattr(metrics, name) for name in METRIC_NAMES if hasattr(metrics, name)}
     checked = 0
@@ -302,7 +304,7 @@ def test_the_glossarys_derived_numbers_come_out() -> None:
 def test_a_concept_page_has_every_choice(setting: str, page: str) -> None:
     text = read(ROOT / "docs" / "concepts" / page)
     rows = set(re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE))
-    assert rows == set(EngineConfig.CHOICES[setting])
+    assert rows == {setting, *EngineConfig.CHOICES[setting]}
 
 
 def test_troubleshooting_has_every_error() -> None:
@@ -355,13 +357,3 @@ def test_the_benchmark_page_has_every_arm() -> None:
 
 def test_the_changelog_has_the_version() -> None:
     assert f"\n## {foreload.__version__}" in read(ROOT / "CHANGELOG.md")
-
-
-def test_the_project_is_described_in_its_own_words() -> None:
-    """No page points outside the repository's own world."""
-    tracked = subprocess.run(
-        ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
-    for page in {*PAGES, *(ROOT / name for name in tracked)}:
-        if page.is_file():
-            assert not re.search(r"(?<![\w.])/(work|root|home)/", read(page)), page

@@ -15,18 +15,12 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 # Modules without a test file of their own: the file that tests them, or why none does.
 TESTED_ELSEWHERE = {
     "__init__.py": "tests/test_import.py",
-    "bench/machine.py": "tests/bench/test_suite.py",
-    "bench/measure.py": "tests/bench/test_suite.py",
-    "bench/plots.py": "tests/bench/test_suite.py",
-    "bench/report.py": "tests/bench/test_suite.py",
-    "bench/workload.py": "tests/bench/test_suite.py",
     "cli/__init__.py": "tests/cli/test_command.py",
     "cli/options.py": "tests/cli/test_command.py",
     "cli/statistics.py": "tests/cli/test_generate.py",
     "cli/streaming.py": "tests/cli/test_generate.py",
     "cli/terminal.py": "tests/cli/test_command.py",
     "cli/verb.py": "tests/cli/test_command.py",
-    "model/selfcheck.py": "tests/equivalence/test_every_architecture.py",
 }
 
 

@@ -91,7 +91,7 @@ def render_verb(words: str, leaf: Any) -> Iterator[str]:
 
 
 def _argument(parameter: Any) -> str:
-    name = parameter.metavar or parameter.name.upper()
+    name: str = parameter.metavar or parameter.name.upper()
     return name if parameter.required else f"[{name}]"
 
 

@@ -8,6 +8,7 @@ Decides nothing at run time: every "auto" is resolved here, before anything is a
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import threading
 import time
@@ -344,8 +345,7 @@ class Engine:
 
     @functools.cached_property
     def _last_logits_only(self) -> dict[str, int]:
-        code = type(self.model).forward.__code__
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        names = inspect.signature(type(self.model).forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
     def _encode(self, prompt: Prompt) -> list[int]:

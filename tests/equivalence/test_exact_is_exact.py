@@ -1,8 +1,8 @@
 """Whatever memory, predictor and eviction: the logits are those of transformers, bit for bit.
 
 The reference holds all experts and runs them eagerly. There is no tolerance: equal is
-`torch.equal`. Each family and dtype meets every predictor and every eviction, and every budget;
-not every combination of all, but every pair of predictor, eviction and budget is among them.
+`torch.equal`. Not every combination of family, dtype, predictor, eviction and budget is run, but
+every pair of them is.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ DECODED = [11, 16, 21]
 
 
 def combinations() -> list[tuple[str, str, str, str, str]]:
-    """Walk through the squares of predictor, eviction and budget, family by family."""
+    """Give combinations that together hold every pair of settings."""
     chosen = []
     for turn, (family, dtype) in enumerate(itertools.product(zoo.SEVEN_FAMILIES, DTYPES)):
         for place, predictor in enumerate(PREDICTORS):
             eviction = EVICTIONS[(place + turn) % 5]
-            budget = BUDGETS[(place + turn // 5 + turn) % 4]
+            budget = BUDGETS[(place + turn // 2) % 4]
             chosen.append((family, dtype, predictor, eviction, budget))
     return chosen
 
@@ -170,9 +170,8 @@ def test_every_pair_of_settings_is_among_the_combinations() -> None:
     taken = combinations()
     settings = [list(zoo.SEVEN_FAMILIES), list(DTYPES), PREDICTORS, EVICTIONS, BUDGETS]
     for one, other in itertools.combinations(range(5), 2):
-        if {one, other} == {0, 1} or 2 in (one, other) or {one, other} == {3, 4}:
-            found = {(row[one], row[other]) for row in taken}
-            assert found == set(itertools.product(settings[one], settings[other]))
+        found = {(row[one], row[other]) for row in taken}
+        assert found == set(itertools.product(settings[one], settings[other]))
 
 
 @pytest.mark.parametrize("budget", ["minimum", "50%"])

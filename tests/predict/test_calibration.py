@@ -88,6 +88,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes | None) -> Non
         read_default_vectors(path, "abc", SHAPE)
 
 
+def test_vectors_outlive_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    recorded().write(path, "abc")
+    vectors = read_default_vectors(path, "abc", SHAPE)
+    path.write_bytes(b"x" * path.stat().st_size)
+    assert torch.equal(vectors, recorded().vectors())
+
+
 def test_a_file_without_vectors_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -71,6 +71,7 @@ class Sample:
     prefill_s: float
     step_s: list[float]
     is_equal: bool
+    is_resident: bool = False
     hit_rate: float | None = None
     late_rate: float | None = None
     bytes_per_token: float = 0.0
@@ -146,6 +147,8 @@ def run_engine_arm(
     memory = "100%" if arm.is_resident else f"{budget * 100:g}%"
     settings = {"expert_memory": memory, **(arm.settings or {})}
     config = resolve(EngineConfig.from_dict(settings), loaded)
+    if arm.is_oracle and trace is None:
+        raise ValueError(f"{arm.name} needs the workload's trace")
     oracle = Oracle(trace.demands()) if arm.is_oracle and trace is not None else None
     engine = Engine(loaded, None, config, cache_dir=cache_dir, predictor=oracle)
     recorder = RoutingRecorder(engine.spec.num_moe_layers, engine.spec.num_experts)
@@ -153,17 +156,16 @@ def run_engine_arm(
         if arm.is_resident:
             _load_all(engine)
         engine.runtime.on_routing = recorder
-        decoded_from = engine.metrics.snapshot()
         marks: list[Metrics] = []
 
         def forward(ids: Tensor, kv_cache: Any) -> Tensor:
-            if ids.shape[1] == 1 and not marks:
-                marks.append(engine.metrics.snapshot())
-                engine.timeline.is_on = with_timeline
+            marks.append(engine.metrics.snapshot())
+            engine.timeline.is_on = with_timeline and len(marks) > 1
             return engine.forward(ids, kv_cache)
 
         run = run_forced(forward, workload, engine.make_cache())
-        counted = engine.metrics.since(marks[0] if marks else decoded_from)
+        # The first forward is the prefill, however short the prompt.
+        counted = engine.metrics.since(marks[1])
         tokens = workload.num_decode_tokens
         sample = Sample(
             arm=arm.name,
@@ -173,6 +175,7 @@ def run_engine_arm(
             prefill_s=run.prefill_s,
             step_s=run.step_s,
             is_equal=reference is None or torch.equal(run.logits, reference),
+            is_resident=arm.is_resident,
             hit_rate=counted.hit_rate,
             late_rate=counted.late_rate,
             bytes_per_token=counted.bytes_moved / tokens,
@@ -197,9 +200,11 @@ def run_stock_arm(
     """
     if arm.implementation is None:
         raise ValueError(f"{arm.name} names no experts implementation")
-    model.set_experts_implementation(arm.implementation)
 
     def forward(ids: Tensor, kv_cache: Any) -> Tensor:
+        # batched_mm copies every token's experts: transformers itself keeps it for decoding.
+        is_prompt = ids.shape[1] > 1 and arm.implementation == "batched_mm"
+        model.set_experts_implementation("grouped_mm" if is_prompt else arm.implementation)
         with torch.inference_mode():
             output = model(
                 input_ids=ids, past_key_values=kv_cache, use_cache=True, logits_to_keep=1
@@ -218,6 +223,7 @@ def run_stock_arm(
         prefill_s=run.prefill_s,
         step_s=run.step_s,
         is_equal=is_equal,
+        is_resident=True,
     )
     return sample, run
 
@@ -234,20 +240,23 @@ def _load_all(engine: Engine) -> None:
 
 
 def measure_bandwidth(engine: Engine, *, num_experts: int = 48) -> float:
-    """Measure what the transfer layer delivers with its queue full, bytes per second."""
-    spec = engine.spec
-    engine.tiers.flush()
+    """Measure what the transfer layer delivers with its queue full, bytes per second.
+
+    A first pass is thrown away: it also pays for memory that was never touched before.
+    """
+    _read_experts(engine, num_experts)
     before = engine.metrics.bytes_moved
     start = time.perf_counter()
-    wanted = num_experts
-    for layer in range(spec.num_moe_layers):
-        share = min(spec.num_experts, wanted)
+    _read_experts(engine, num_experts)
+    elapsed = time.perf_counter() - start
+    return (engine.metrics.bytes_moved - before) / elapsed
+
+
+def _read_experts(engine: Engine, num_experts: int) -> None:
+    engine.tiers.flush()
+    for layer in range(engine.spec.num_moe_layers):
+        share = min(engine.spec.num_experts, num_experts)
         for _ in engine.tiers.demand(layer, list(range(share))):
             pass
-        wanted -= share
-        if wanted <= 0:
-            break
-    elapsed = time.perf_counter() - start
-    moved = engine.metrics.bytes_moved - before
+        num_experts -= share
     engine.tiers.flush()
-    return moved / elapsed

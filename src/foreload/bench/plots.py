@@ -26,8 +26,9 @@ def plot_tpot(samples: Sequence[Sample], limits: Sequence[BudgetLimits], output:
     """Draw one figure per budget: every arm's TPOT, its range, and both limits."""
     for budget in sorted({limit.budget for limit in limits}):
         here = [limit for limit in limits if limit.budget == budget]
-        own = [s for s in samples if s.budget in (budget, 1.0) and s.is_equal]
-        names = list(dict.fromkeys(sample.arm for sample in own))
+        own = [s for s in samples if s.is_resident or s.budget == budget]
+        wrong = {sample.arm for sample in own if not sample.is_equal}
+        names = [name for name in dict.fromkeys(s.arm for s in own) if name not in wrong]
         times = [[s.tpot_s * 1e3 for s in own if s.arm == name] for name in names]
         middle = [statistics.median(values) for values in times]
         figure, axes = _figure(8, 0.5 + 0.4 * len(names))

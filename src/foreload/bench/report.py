@@ -60,7 +60,7 @@ def summarise(
     machine: dict[str, Any], samples: Sequence[Sample], limits: Sequence[BudgetLimits]
 ) -> str:
     """Write the Markdown summary of a run."""
-    parts = [_header(machine), _resident_table(samples)]
+    parts = [_header(machine, samples), _resident_table(samples)]
     for budget in sorted({limit.budget for limit in limits}):
         here = [limit for limit in limits if limit.budget == budget]
         parts.append(_budget_table(budget, samples, here))
@@ -68,7 +68,9 @@ def summarise(
     return "\n\n".join(parts) + "\n"
 
 
-def _header(machine: dict[str, Any]) -> str:
+def _header(machine: dict[str, Any], samples: Sequence[Sample]) -> str:
+    has_stock = any(sample.arm == "transformers eager" for sample in samples)
+    reference = "transformers' eager experts" if has_stock else "those of the all-resident arm"
     random_note = " Random weights: times only, routing means nothing." * machine["is_random"]
     return (
         f"# {machine['model']}, {machine['date']}\n\n"
@@ -78,16 +80,16 @@ def _header(machine: dict[str, Any]) -> str:
         f"experts.{random_note} {machine['cores']} cores ({machine['cpu']}), "
         f"{format_bytes(machine['memory_bytes'])} RAM, {machine['threads']} threads, torch "
         f"{machine['torch']}, transformers {machine['transformers']}, foreload "
-        f"{machine['foreload']}. Every arm's logits were compared with transformers' eager "
-        "experts at every step; medians over trials, ranges in brackets."
+        f"{machine['foreload']}. Every arm's logits were compared with {reference} "
+        "at every step; medians over trials, ranges in brackets."
     )
 
 
 def _resident_table(samples: Sequence[Sample]) -> str:
     rows = ["| all experts in memory | TPOT ms | prefill s |", "|---|---|---|"]
-    names = dict.fromkeys(s.arm for s in samples if s.budget == 1.0)
+    names = dict.fromkeys(s.arm for s in samples if s.is_resident)
     for name in names:
-        own = [s for s in samples if s.arm == name and s.budget == 1.0]
+        own = [s for s in samples if s.arm == name and s.is_resident]
         if not all(sample.is_equal for sample in own):
             rows.append(f"| {name} | logits differ | |")
             continue
@@ -101,7 +103,7 @@ def _budget_table(budget: float, samples: Sequence[Sample], limits: Sequence[Bud
     by_trial = {limit.trial: limit for limit in limits}
     own: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        if sample.budget == budget and sample.trial in by_trial:
+        if sample.budget == budget and sample.trial in by_trial and not sample.is_resident:
             own[sample.arm].append(sample)
     slots = limits[0].num_slots
     bandwidth = _spread([limit.bandwidth_bytes_s / 1e9 for limit in limits], digits=2)
@@ -111,7 +113,9 @@ def _budget_table(budget: float, samples: Sequence[Sample], limits: Sequence[Bud
         "MB per token | wasted MB | stall ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    base = {sample.trial: sample.tpot_s for sample in own.get("on-demand", [])}
+    on_demand = own.get("on-demand", [])
+    is_valid = all(sample.is_equal for sample in on_demand)
+    base = {sample.trial: sample.tpot_s for sample in on_demand if is_valid}
     for name, group in own.items():
         if not all(sample.is_equal for sample in group):
             rows.append(f"| {name} | logits differ | | | | | | | | |")

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["find_sum_rule", "find_sum_rules"]
 
-_NUM_EXPERTS = 3
+_NUM_EXPERTS = 6
+_TOP_K = 4
+"""More than two: a sum of two terms is rounded to the same value in either element type."""
 _INNER = 8
 _TOKENS = 16
 
@@ -55,7 +57,7 @@ def find_sum_rule(experts: nn.Module, dtype: torch.dtype) -> SumRule:
         UnsupportedModelError: No rule reproduces the class's eager forward bit for bit.
 
     Cost:
-        A few forwards of three experts, eight wide.
+        A few forwards of six experts, eight wide.
     """
     stand_in, weights = _make_stand_in(experts, dtype)
     eager = inspect.unwrap(type(experts).forward)
@@ -85,36 +87,24 @@ def find_sum_rule(experts: nn.Module, dtype: torch.dtype) -> SumRule:
 
 def _make_stand_in(experts: nn.Module, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
     """Copy the module with few, narrow, random experts in place of its own."""
-    full = expert_parameters(experts)
-    down: Tensor = full["down_proj"]
-    is_transposed = bool(experts.is_transposed)
-    inner = down.shape[1] if is_transposed else down.shape[2]
+    before, after = (2, 1) if experts.is_transposed else (1, 2)
+    inner_axis = {
+        "gate_up_proj": before,
+        "gate_up_proj_bias": 1,
+        "up_proj": before,
+        "up_proj_bias": 1,
+        "down_proj": after,
+    }
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, tensor in full.items():
-        is_first = not name.startswith("down_proj")
-        ratio = 2 if name.startswith("gate_up_proj") else 1
-        shape = [
-            _INNER * ratio
-            if is_first
-            and size == inner * ratio
-            and axis == _inner_axis(name, is_transposed, tensor.dim())
-            else size
-            for axis, size in enumerate(tensor.shape)
-        ]
-        if name == "down_proj":
-            shape[1 if is_transposed else 2] = _INNER
-        shape[0] = _NUM_EXPERTS
+    for name, tensor in expert_parameters(experts).items():
+        shape = [_NUM_EXPERTS, *tensor.shape[1:]]
+        if name in inner_axis:
+            shape[inner_axis[name]] = 2 * _INNER if name.startswith("gate_up") else _INNER
         weights[name] = torch.randn(shape, generator=generator).to(dtype) * 0.3
     stand_in = copy.copy(experts)
     stand_in.__dict__ = {**experts.__dict__, **weights, "num_experts": _NUM_EXPERTS}
     return stand_in, weights
-
-
-def _inner_axis(name: str, is_transposed: bool, num_dims: int) -> int:
-    if num_dims == 2:
-        return 1
-    return 2 if is_transposed else 1
 
 
 def _make_input(
@@ -124,6 +114,6 @@ def _make_input(
     down = stand_in.down_proj
     width = down.shape[2] if stand_in.is_transposed else down.shape[1]
     hidden = torch.randn(_TOKENS, width, generator=generator).to(dtype)
-    index = torch.rand(_TOKENS, _NUM_EXPERTS, generator=generator).argsort(-1)[:, :2]
-    shares = torch.rand(_TOKENS, 2, generator=generator).to(weights_dtype)
+    index = torch.rand(_TOKENS, _NUM_EXPERTS, generator=generator).argsort(-1)[:, :_TOP_K]
+    shares = torch.rand(_TOKENS, _TOP_K, generator=generator).to(weights_dtype)
     return hidden, index, shares

@@ -84,7 +84,8 @@ def read_default_vectors(path: Path, identity: str, shape: tuple[int, int, int])
     try:
         with safe_open(path, "pt") as file:
             owner = (file.metadata() or {}).get("identity")
-            vectors: Tensor = file.get_tensor("default_vectors")
+            # A copy: what safetensors gives is the mapped file, and dies with it.
+            vectors: Tensor = file.get_tensor("default_vectors").clone()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot read the calibration {path}: {error}",

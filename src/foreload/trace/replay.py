@@ -9,6 +9,9 @@ from foreload.memory.eviction import Belady, make_eviction
 from foreload.types import ExpertKey, Lookup
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from foreload.memory.eviction import EvictionPolicy
     from foreload.trace.record import RoutingTrace
 
@@ -37,6 +40,9 @@ def replay(
 ) -> ReplayCounts:
     """Run a trace through a cache without prefetching, from empty.
 
+    The engine counts the same hits where a layer's copies all start at once; where they wait for
+    a worker or for a slot, its hits depend on which experts were computed first.
+
     Args:
         trace: Recorded routing.
         num_slots: Slots of the cache.
@@ -60,8 +66,19 @@ def replay(
             if step >= count_from:
                 hits += len(resident)
                 lookups += len(keys)
-            _serve(cache, keys, resident, keep=eviction != "none")
+            if eviction == "belady":
+                _serve_at_best(cache, keys, policy.expected_wait()[layer * trace.num_experts :])
+            else:
+                _serve(cache, keys, resident, keep=eviction != "none")
     return ReplayCounts(hits, lookups)
+
+
+def _serve_at_best(cache: ExpertCache, keys: list[ExpertKey], wait: NDArray[np.float64]) -> None:
+    """Serve one layer as no engine can better: nothing is protected, who returns first is last."""
+    missing = [key for key in keys if cache.lookup(key) is Lookup.MISS]
+    for key in sorted(missing, key=lambda key: -wait[key.expert]):
+        cache.reserve(key)
+        cache.commit(key)
 
 
 def _serve(

@@ -1,0 +1,190 @@
+"""An arm's trial gives the model's own logits bit for bit, and counts what the engine did."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from fakes import make_engine, write_random_vectors
+from foreload.bench.measure import (
+    Arm,
+    measure_bandwidth,
+    run_engine_arm,
+    run_forced,
+    run_stock_arm,
+)
+from foreload.bench.suite import ENGINE_ARMS, RESIDENT, _load_stock
+from foreload.bench.workload import Workload
+from foreload.model.hf import load_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from foreload.bench.measure import ForcedRun, Sample
+    from foreload.model.hf import LoadedModel
+    from foreload.trace.record import RoutingTrace
+
+ARMS = {arm.name: arm for arm in ENGINE_ARMS}
+WORKLOAD = Workload(tuple(3 + (7 * i) % 300 for i in range(16)), 6)
+DECODED = WORKLOAD.num_decode_tokens
+BUDGET = 0.25
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> LoadedModel:
+    return load_model(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_checkpoint: Path, loaded: LoadedModel) -> Any:
+    return _load_stock(tiny_checkpoint, loaded)
+
+
+@pytest.fixture(scope="module")
+def reference(stock: Any) -> Tensor:
+    """The logits of transformers' eager experts."""
+    eager = Arm("transformers eager", implementation="eager")
+    return run_stock_arm(stock, eager, WORKLOAD, trial=0, reference=None)[1].logits
+
+
+@pytest.fixture(scope="module")
+def trace(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> RoutingTrace:
+    """The workload's true routing."""
+    return run_engine_arm(
+        loaded, RESIDENT, WORKLOAD, budget=1.0, trial=0, cache_dir=tmp_path_factory.mktemp("none")
+    )[2]
+
+
+@pytest.fixture
+def run(loaded: LoadedModel, trace: RoutingTrace, reference: Tensor, tmp_path: Path) -> Any:
+    def run_one(arm: Arm, **settings: Any) -> tuple[Sample, ForcedRun, RoutingTrace, Any]:
+        given = {"budget": BUDGET, "trial": 3, "trace": trace, "reference": reference, **settings}
+        workload = given.pop("workload", WORKLOAD)
+        return run_engine_arm(loaded, arm, workload, cache_dir=tmp_path, **given)
+
+    return run_one
+
+
+@pytest.mark.parametrize("arm", [*ENGINE_ARMS, RESIDENT], ids=lambda arm: arm.name)
+def test_every_arm_gives_the_stock_logits_bit_for_bit(
+    run: Any, arm: Arm, reference: Tensor, trace: RoutingTrace, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    write_random_vectors(tmp_path, loaded.spec)
+    sample, forced, routed, timeline = run(arm)
+    assert torch.equal(forced.logits, reference)
+    assert sample.is_equal
+    assert routed == trace
+    assert (sample.arm, sample.budget, sample.trial) == (arm.name, BUDGET, 3)
+    assert sample.num_slots == (64 if arm.is_resident else 16)
+    assert sample.tpot_s == pytest.approx(sum(forced.step_s) / DECODED)
+    assert len(sample.step_s) == DECODED
+    assert timeline.spans == []
+    json.dumps(sample.to_dict())
+
+
+def test_on_demand_moves_every_demanded_expert_and_never_hits(
+    run: Any, trace: RoutingTrace, loaded: LoadedModel
+) -> None:
+    sample = run(ARMS["on-demand"])[0]
+    demanded = sum(len(visit.experts) for step in trace.steps[1:] for visit in step)
+    moved = demanded * loaded.plans[0][0].read_bytes
+    assert sample.hit_rate == 0.0
+    assert sample.late_rate == 0.0
+    assert sample.bytes_per_token == moved / DECODED
+    assert sample.prefetch_bytes_per_token == 0
+    assert sample.prefetch_precision is None
+    assert sample.recall_at_n == {}
+
+
+def test_with_all_experts_resident_nothing_moves(run: Any) -> None:
+    sample = run(RESIDENT)[0]
+    assert sample.is_resident
+    assert sample.hit_rate == 1.0
+    assert sample.bytes_per_token == 0
+    assert sample.stall_s_per_token == 0
+
+
+def test_bytes_are_those_of_the_misses(run: Any, trace: RoutingTrace, loaded: LoadedModel) -> None:
+    sample = run(ARMS["next-use"], budget=0.5)[0]
+    demanded = sum(len(visit.experts) for step in trace.steps[1:] for visit in step)
+    misses = round((1 - sample.hit_rate) * demanded)
+    assert 0 < misses < demanded
+    assert sample.bytes_per_token * DECODED == misses * loaded.plans[0][0].read_bytes
+
+
+def test_the_oracle_is_always_right(run: Any) -> None:
+    sample = run(ARMS["oracle"], budget=0.5)[0]
+    recalls = [recall for by_distance in sample.recall_at_n.values() for recall in by_distance]
+    assert len(recalls) >= 4
+    assert {r for distances in sample.recall_at_n.values() for r in distances.values()} == {1.0}
+    assert sample.prefetch_bytes_per_token > 0
+
+
+def test_an_oracle_without_a_trace_is_refused(run: Any) -> None:
+    with pytest.raises(ValueError, match="oracle needs the workload's trace"):
+        run(ARMS["oracle"], trace=None)
+
+
+def test_one_different_bit_makes_the_sample_unequal(run: Any, reference: Tensor) -> None:
+    wrong = reference.clone()
+    wrong[-1, 7] = torch.nextafter(wrong[-1, 7], torch.tensor(torch.inf))
+    assert not run(ARMS["lru"], reference=wrong)[0].is_equal
+
+
+def test_the_prefill_is_not_counted_even_of_one_token(run: Any) -> None:
+    workload = Workload(WORKLOAD.token_ids[:3], 1)
+    sample, _, routed, timeline = run(
+        ARMS["on-demand"], workload=workload, reference=None, with_timeline=True
+    )
+    visits = [visit for step in routed.steps[1:] for visit in step]
+    demanded = sum(len(visit.experts) for visit in visits)
+    assert len(routed.steps) == 3
+    assert sum(span.lane == "compute" for span in timeline.spans) == demanded
+    assert sample.hit_rate == 0.0
+    assert sample.bytes_per_token > 0
+    assert sample.bytes_per_token * 2 % demanded == 0
+
+
+def test_forced_decoding_feeds_the_prompt_then_each_token() -> None:
+    fed: list[list[int]] = []
+
+    def forward(ids: Tensor, kv_cache: Any) -> Tensor:
+        assert kv_cache == "cache"
+        fed.append(ids[0].tolist())
+        return torch.tensor([float(len(fed))])
+
+    forced = run_forced(forward, Workload((5, 6, 7, 8, 9), 3), "cache")
+    assert fed == [[5, 6, 7], [8], [9]]
+    assert forced.logits.tolist() == [[1.0], [2.0], [3.0]]
+    assert len(forced.step_s) == 2
+
+
+@pytest.mark.parametrize("name", ["grouped_mm", "batched_mm"])
+def test_other_implementations_are_compared_with_a_tolerance(
+    stock: Any, reference: Tensor, name: str
+) -> None:
+    arm = Arm(name, implementation=name)
+    near, far = (
+        run_stock_arm(stock, arm, WORKLOAD, trial=0, reference=wanted)[0]
+        for wanted in (reference, reference + 0.1 * reference.std())
+    )
+    assert near.is_resident
+    assert near.is_equal
+    assert not far.is_equal
+
+
+def test_a_stock_arm_names_its_implementation(stock: Any) -> None:
+    with pytest.raises(ValueError, match="lru names no experts implementation"):
+        run_stock_arm(stock, ARMS["lru"], WORKLOAD, trial=0, reference=None)
+
+
+def test_bandwidth_is_positive_and_leaves_the_cache_empty(tiny_checkpoint: Path) -> None:
+    with make_engine(tiny_checkpoint, expert_memory="25%", predictor="none") as engine:
+        assert measure_bandwidth(engine, num_experts=20) > 0
+        assert engine.metrics.num_misses == 20
+        assert engine.tiers.cache.keys() == []

@@ -1,0 +1,189 @@
+"""The table says medians, ranges and distances from the limits, and no time of a wrong arm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from foreload.bench.measure import Sample
+from foreload.bench.report import BudgetLimits, belady_limit_s, summarise, wire_limit_s
+
+MACHINE = {
+    "model": "toy",
+    "date": "2026-01-02",
+    "architecture": "ToyForCausalLM",
+    "num_moe_layers": 2,
+    "num_experts": 8,
+    "expert_bytes": 2**20,
+    "top_k": 2,
+    "dtype": "bfloat16",
+    "total_expert_bytes": 2**24,
+    "is_random": False,
+    "cores": 2,
+    "cpu": "abacus",
+    "memory_bytes": 2**33,
+    "threads": 1,
+    "torch": "2",
+    "transformers": "5",
+    "foreload": "0",
+}
+
+
+def sample(arm: str, trial: int, tpot_ms: float, budget: float = 0.25, **values: Any) -> Sample:
+    given = {"prefill_s": 0.5, "step_s": [tpot_ms / 1e3], "is_equal": True, **values}
+    return Sample(arm=arm, budget=budget, trial=trial, tpot_s=tpot_ms / 1e3, **given)
+
+
+def limits(trial: int = 0, budget: float = 0.25, **values: Any) -> BudgetLimits:
+    """Compute 2 ms; of 1 MB experts at 1 GB/s, next-use misses 10 (10 ms), Belady 5 (5 ms)."""
+    given: dict[str, Any] = {
+        "num_slots": 4,
+        "bandwidth_bytes_s": 1e9,
+        "compute_s": 2e-3,
+        "expert_bytes": 10**6,
+        "hit_rates": {"none": 0.0, "lru": 0.2, "next-use": 0.5, "belady": 0.8},
+        "misses_per_token": {"none": 20.0, "lru": 16.0, "next-use": 10.0, "belady": 5.0},
+        **values,
+    }
+    return BudgetLimits(budget=budget, trial=trial, **given)
+
+
+def row(summary: str, name: str) -> list[str]:
+    """Give the cells of the one row that begins with `name`."""
+    (line,) = [line for line in summary.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "compute_s", "bandwidth", "limit"),
+    [
+        ("next-use", 2e-3, 1e9, 10e-3),
+        ("next-use", 2e-3, 4e9, 2.5e-3),
+        ("next-use", 2e-3, 1e10, 2e-3),
+        ("lru", 2e-3, 1e9, 16e-3),
+        ("none", 30e-3, 1e9, 30e-3),
+    ],
+)
+def test_the_wire_limit_is_the_larger_of_compute_and_copies(
+    policy: str, compute_s: float, bandwidth: float, limit: float
+) -> None:
+    made = limits(compute_s=compute_s, bandwidth_bytes_s=bandwidth)
+    assert wire_limit_s(made, policy) == pytest.approx(limit)
+
+
+def test_the_belady_limit_is_the_wire_limit_of_its_misses() -> None:
+    assert belady_limit_s(limits()) == pytest.approx(5e-3)
+    assert belady_limit_s(limits(compute_s=7e-3)) == 7e-3
+
+
+def test_an_arms_row_has_medians_ranges_and_distances() -> None:
+    rates = {"hit_rate": 0.5, "late_rate": 0.25, "wasted_bytes_per_token": 3e6}
+    samples = [
+        *(sample("on-demand", trial, 60.0) for trial in range(3)),
+        sample("lookahead", 0, 20.0, bytes_per_token=9e6, stall_s_per_token=1e-3, **rates),
+        sample("lookahead", 1, 10.0, bytes_per_token=7e6, stall_s_per_token=2e-3, **rates),
+        sample("lookahead", 2, 30.0, bytes_per_token=8e6, stall_s_per_token=6e-3, **rates),
+    ]
+    summary = summarise(MACHINE, samples, [limits(trial) for trial in range(3)])
+    assert row(summary, "lookahead") == [
+        "lookahead",
+        "20.0 [10.0 to 30.0]",
+        "2.00 [1.00 to 3.00]",
+        "4.00 [2.00 to 6.00]",
+        "3.00 [2.00 to 6.00]",
+        "0.500",
+        "0.250",
+        "8",
+        "3",
+        "2.0",
+    ]
+
+
+def test_columns_are_named_and_the_limits_have_rows() -> None:
+    summary = summarise(MACHINE, [sample("auto", 0, 20.0)], [limits()])
+    assert row(summary, "arm")[1:5] == [
+        "TPOT ms",
+        "/ wire limit",
+        "/ Belady limit",
+        "on-demand / it",
+    ]
+    assert row(summary, "arm")[5:] == ["hits", "late", "MB per token", "wasted MB", "stall ms"]
+    wire, best = row(summary, "*wire limit, next-use*"), row(summary, "*Belady limit*")
+    assert (wire[1], wire[5], wire[7]) == ("10.0 [10.0 to 10.0]", "0.500", "10")
+    assert (best[1], best[5], best[7]) == ("5.0 [5.0 to 5.0]", "0.800", "5")
+    assert "## 25% of the experts' memory (4 slots, disk 1.00 [1.00 to 1.00] GB/s)" in summary
+
+
+def test_reference_arms_are_held_against_their_own_policys_limit() -> None:
+    names = ("on-demand", "lru", "next-use", "auto")
+    summary = summarise(MACHINE, [sample(name, 0, 40.0) for name in names], [limits()])
+    wire = {name: row(summary, name)[2].split()[0] for name in names}
+    assert wire == {"on-demand": "2.00", "lru": "2.50", "next-use": "4.00", "auto": "4.00"}
+
+
+def test_an_arm_whose_logits_differ_gets_no_time() -> None:
+    samples = [
+        sample("on-demand", 0, 60.0),
+        sample("auto", 0, 77.7),
+        sample("auto", 1, 88.8, is_equal=False),
+        sample("all-resident", 0, 99.9, 1.0, is_resident=True, is_equal=False),
+    ]
+    summary = summarise(MACHINE, samples, [limits(0), limits(1)])
+    assert row(summary, "auto") == ["auto", "logits differ"] + [""] * 8
+    assert row(summary, "all-resident") == ["all-resident", "logits differ", "", ""]
+    assert not any(time in summary for time in ("77.7", "88.8", "99.9"))
+
+
+def test_nothing_is_compared_with_an_on_demand_arm_whose_logits_differ() -> None:
+    samples = [sample("on-demand", 0, 60.0, is_equal=False), sample("auto", 0, 20.0)]
+    assert row(summarise(MACHINE, samples, [limits()]), "auto")[4] == ""
+
+
+def test_resident_arms_have_a_table_of_their_own_even_at_a_budget_of_all() -> None:
+    samples = [
+        sample("transformers eager", 0, 3.0, 1.0, is_resident=True),
+        sample("transformers eager", 1, 5.0, 1.0, is_resident=True, prefill_s=1.5),
+        sample("lru", 0, 40.0, 1.0),
+    ]
+    summary = summarise(MACHINE, samples, [limits(0, 1.0), limits(1, 1.0)])
+    assert row(summary, "transformers eager") == [
+        "transformers eager",
+        "4.0 [3.0 to 5.0]",
+        "1.00 [0.50 to 1.50]",
+    ]
+    assert len(row(summary, "lru | 40.0 [40.0 to 40.0]")) == 10
+
+
+def test_every_budget_has_its_own_table() -> None:
+    samples = [sample("lru", 0, 40.0, 0.5), sample("auto", 0, 20.0, 0.25)]
+    summary = summarise(MACHINE, samples, [limits(0, 0.5), limits(0, 0.25)])
+    quarter, half = summary.split("## ")[1:]
+    assert quarter.startswith("25%")
+    assert "| auto |" in quarter
+    assert "| auto |" not in half
+    assert row(half, "lru")[1] == "40.0 [40.0 to 40.0]"
+
+
+def test_policies_are_placed_between_lru_and_belady() -> None:
+    parts = summarise(MACHINE, [], [limits()]).split("Hit rates of eviction policies")
+    assert row(parts[1], "next-use") == [
+        "next-use",
+        "0.500 [0.500 to 0.500]",
+        "0.50 [0.50 to 0.50]",
+    ]
+    assert row(parts[1], "belady")[2] == "1.00 [1.00 to 1.00]"
+
+
+def test_random_weights_are_labelled() -> None:
+    note = "Random weights: times only, routing means nothing."
+    assert note not in summarise(MACHINE, [], [limits()])
+    assert note in summarise({**MACHINE, "is_random": True}, [], [limits()])
+
+
+def test_the_header_says_what_logits_were_compared_with() -> None:
+    eager = sample("transformers eager", 0, 3.0, 1.0, is_resident=True)
+    with_stock = summarise(MACHINE, [eager], [limits()])
+    without = summarise(MACHINE, [], [limits()])
+    assert "compared with transformers' eager experts at every step" in with_stock
+    assert "compared with those of the all-resident arm at every step" in without
