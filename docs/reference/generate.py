@@ -100,7 +100,8 @@ def _value(option: Any) -> str:
         return "flag"
     if isinstance(option.default, Enum):
         return ", ".join(f"`{member.value}`" for member in type(option.default))
-    return "`" + (option.metavar or option.name.upper()).replace("|", "\\|") + "`"
+    name = str(option.metavar or option.name.upper()).replace("|", "\\|")
+    return f"`{name}`"
 
 
 def _default(option: Any) -> str:

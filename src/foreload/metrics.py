@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Metrics", "RequestStats", "Span", "Timeline"]
+__all__ = ["Metrics", "RequestStats", "TimeSpan", "Timeline"]
 
 
 @dataclass(slots=True)
@@ -148,7 +148,7 @@ class RequestStats:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TimeSpan:
     """One named interval on one lane: compute, disk or stall. Seconds on the engine's clock."""
 
     lane: str
@@ -162,12 +162,12 @@ class Timeline:
 
     def __init__(self) -> None:
         self.is_on = False
-        self.spans: list[Span] = []
+        self.spans: list[TimeSpan] = []
 
     def add(self, lane: str, name: str, start_s: float, end_s: float) -> None:
         """Keep a span, if switched on."""
         if self.is_on:
-            self.spans.append(Span(lane, name, start_s, end_s))
+            self.spans.append(TimeSpan(lane, name, start_s, end_s))
 
     def clear(self) -> None:
         """Forget all spans."""

@@ -23,7 +23,6 @@ __all__ = [
     "RouterOutput",
     "RoutingEvent",
     "Span",
-    "Tier",
 ]
 
 
@@ -84,14 +83,6 @@ class Predictor(Protocol):
 
     def predict(self, event: RoutingEvent) -> list[Prediction]:
         """Guess the coming layers' experts; an empty list where there is nothing to say."""
-
-
-class Tier(Enum):
-    """Where an expert's bytes lie, slowest first."""
-
-    DISK = "disk"
-    HOST = "host"
-    DEVICE = "device"
 
 
 class Lookup(Enum):

@@ -87,15 +87,23 @@ def test_every_arm_gives_the_stock_logits_bit_for_bit(
     json.dumps(sample.to_dict())
 
 
+def assert_read(sample: Sample, loaded: LoadedModel, num_experts: int) -> None:
+    """Check that the bytes are those of so many experts, rounded to whole blocks of the disk."""
+    plan = loaded.plans[0][0]
+    moved = sample.bytes_per_token * len(sample.step_s)
+    rounding = 2 * 4096 * len(plan.spans)
+    least = num_experts * plan.read_bytes
+    assert least <= moved <= least + num_experts * rounding
+
+
 def test_on_demand_moves_every_demanded_expert_and_never_hits(
     run: Any, trace: RoutingTrace, loaded: LoadedModel
 ) -> None:
     sample = run(ARMS["on-demand"])[0]
     demanded = sum(len(visit.experts) for step in trace.steps[1:] for visit in step)
-    moved = demanded * loaded.plans[0][0].read_bytes
     assert sample.hit_rate == 0.0
     assert sample.late_rate == 0.0
-    assert sample.bytes_per_token == moved / DECODED
+    assert_read(sample, loaded, demanded)
     assert sample.prefetch_bytes_per_token == 0
     assert sample.prefetch_precision is None
     assert sample.recall_at_n == {}
@@ -114,7 +122,7 @@ def test_bytes_are_those_of_the_misses(run: Any, trace: RoutingTrace, loaded: Lo
     demanded = sum(len(visit.experts) for step in trace.steps[1:] for visit in step)
     misses = round((1 - sample.hit_rate) * demanded)
     assert 0 < misses < demanded
-    assert sample.bytes_per_token * DECODED == misses * loaded.plans[0][0].read_bytes
+    assert_read(sample, loaded, misses)
 
 
 def test_the_oracle_is_always_right(run: Any) -> None:
@@ -136,7 +144,7 @@ def test_one_different_bit_makes_the_sample_unequal(run: Any, reference: Tensor)
     assert not run(ARMS["lru"], reference=wrong)[0].is_equal
 
 
-def test_the_prefill_is_not_counted_even_of_one_token(run: Any) -> None:
+def test_the_prefill_is_not_counted_even_of_one_token(run: Any, loaded: LoadedModel) -> None:
     workload = Workload(WORKLOAD.token_ids[:3], 1)
     sample, _, routed, timeline = run(
         ARMS["on-demand"], workload=workload, reference=None, with_timeline=True
@@ -146,8 +154,7 @@ def test_the_prefill_is_not_counted_even_of_one_token(run: Any) -> None:
     assert len(routed.steps) == 3
     assert sum(span.lane == "compute" for span in timeline.spans) == demanded
     assert sample.hit_rate == 0.0
-    assert sample.bytes_per_token > 0
-    assert sample.bytes_per_token * 2 % demanded == 0
+    assert_read(sample, loaded, demanded)
 
 
 def test_forced_decoding_feeds_the_prompt_then_each_token() -> None:
@@ -186,5 +193,5 @@ def test_a_stock_arm_names_its_implementation(stock: Any) -> None:
 def test_bandwidth_is_positive_and_leaves_the_cache_empty(tiny_checkpoint: Path) -> None:
     with make_engine(tiny_checkpoint, expert_memory="25%", predictor="none") as engine:
         assert measure_bandwidth(engine, num_experts=20) > 0
-        assert engine.metrics.num_misses == 20
+        assert engine.metrics.num_misses == 2 * 20, "once to warm up"
         assert engine.tiers.cache.keys() == []

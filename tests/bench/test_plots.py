@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +120,5 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    importlib.reload(plots)
     with pytest.raises(MissingExtraError, match="plots"):
         plots.plot_tpot([sample("auto", 1.0)], [limits()], tmp_path)

@@ -6,6 +6,7 @@ layer. Otherwise what leaves depends on which expert the engine happened to comp
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -53,8 +54,7 @@ def test_replay_counts_the_engines_hits(
     # What is left out when counting begins one step later.
     left = [replay(trace, slots, eviction, count_from=n) for n in range(len(counted) + 1)]
     replayed = [
-        (a.num_hits - b.num_hits, a.num_misses - b.num_misses)
-        for a, b in zip(left, left[1:], strict=False)
+        (a.num_hits - b.num_hits, a.num_misses - b.num_misses) for a, b in itertools.pairwise(left)
     ]
     assert replayed == counted
     assert replay(trace, slots, "belady").num_misses <= engine.metrics.num_misses

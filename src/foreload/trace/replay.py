@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from foreload.memory.cache import ExpertCache
 from foreload.memory.eviction import Belady, make_eviction
 from foreload.types import ExpertKey, Lookup
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from foreload.memory.eviction import EvictionPolicy
     from foreload.trace.record import RoutingTrace
 
 __all__ = ["ReplayCounts", "replay"]
@@ -49,11 +47,9 @@ def replay(
         eviction: A policy's name, "belady" for the best possible, "none" to keep nothing.
         count_from: First step that is counted; earlier ones only fill the cache.
     """
-    policy: EvictionPolicy
     if eviction == "belady":
-        policy = Belady(trace.num_layers, trace.num_experts, trace.demands())
-    else:
-        policy = make_eviction(eviction, trace.num_layers, trace.num_experts)
+        return _replay_belady(trace, num_slots, count_from)
+    policy = make_eviction(eviction, trace.num_layers, trace.num_experts)
     cache = ExpertCache(num_slots, trace.num_layers, trace.num_experts, policy)
     hits = lookups = 0
     for step, visits in enumerate(trace.steps):
@@ -66,19 +62,31 @@ def replay(
             if step >= count_from:
                 hits += len(resident)
                 lookups += len(keys)
-            if eviction == "belady":
-                _serve_at_best(cache, keys, policy.expected_wait()[layer * trace.num_experts :])
-            else:
-                _serve(cache, keys, resident, keep=eviction != "none")
+            _serve(cache, keys, resident, keep=eviction != "none")
     return ReplayCounts(hits, lookups)
 
 
-def _serve_at_best(cache: ExpertCache, keys: list[ExpertKey], wait: NDArray[np.float64]) -> None:
-    """Serve one layer as no engine can better: nothing is protected, who returns first is last."""
-    missing = [key for key in keys if cache.lookup(key) is Lookup.MISS]
-    for key in sorted(missing, key=lambda key: -wait[key.expert]):
-        cache.reserve(key)
-        cache.commit(key)
+def _replay_belady(trace: RoutingTrace, num_slots: int, count_from: int) -> ReplayCounts:
+    """Keep, after every layer, what returns first of all that was there: no engine misses less.
+
+    In whatever order an engine serves a layer, what it keeps is a part of the same.
+    """
+    policy = Belady(trace.num_layers, trace.num_experts, trace.demands())
+    held = np.zeros(trace.num_layers * trace.num_experts, dtype=bool)
+    hits = lookups = 0
+    for step, visits in enumerate(trace.steps):
+        for layer, visit in enumerate(visits):
+            counts = dict(zip(visit.experts, visit.counts, strict=True))
+            policy.observe(layer, counts, visit.num_tokens)
+            flat = layer * trace.num_experts + np.asarray(visit.experts, dtype=np.int64)
+            if step >= count_from:
+                hits += int(held[flat].sum())
+                lookups += len(flat)
+            held[flat] = True
+            present = np.flatnonzero(held)
+            wait = policy.expected_wait()[present]
+            held[present[wait.argsort(kind="stable")[num_slots:]]] = False
+    return ReplayCounts(hits, lookups)
 
 
 def _serve(
