@@ -1,7 +1,7 @@
 """Settings: frozen, validated, each with a unit or a type that needs none.
 
-`EngineConfig` is what a user asks for; `engine.resolve` replaces every "auto" by what it came to. Sizes
-are written as users write them ("2GiB", "25%"). Knows no model and no machine.
+`EngineConfig` is what a user asks for; `engine.resolve` replaces every "auto" by what it came to.
+Sizes are written as users write them ("2GiB", "25%"). Knows no model and no machine.
 """
 
 from __future__ import annotations
