@@ -68,7 +68,7 @@ class ExpertTiers:
         self._guessed: set[ExpertKey] = set()
         self._failed: dict[ExpertKey, TransferError] = {}
         self._views: dict[ExpertKey, dict[str, Tensor]] = {}
-        self._window = 2 * num_workers
+        self._window = 4 * num_workers
         self._demand: Demand | None = None
 
     def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
