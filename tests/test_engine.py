@@ -105,7 +105,6 @@ class TestGenerating:
         assert draw(large, 1) == draw(large, 1) == draw(small, 1)
         assert draw(large, 1) != draw(large, 2)
 
-    @pytest.mark.xfail(strict=True, reason="_last_logits_only looks at a decorator's signature")
     def test_the_prefill_computes_the_logits_of_the_last_token_only(
         self, open_engine: Open
     ) -> None:

@@ -15,6 +15,7 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 # Modules without a test file of their own: the file that tests them, or why none does.
 TESTED_ELSEWHERE = {
     "__init__.py": "tests/test_import.py",
+    "calibrate.py": "tests/cli/test_calibrate.py",
     "cli/__init__.py": "tests/cli/test_command.py",
     "cli/options.py": "tests/cli/test_command.py",
     "cli/statistics.py": "tests/cli/test_generate.py",

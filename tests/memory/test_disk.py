@@ -340,8 +340,8 @@ def test_converted_experts_come_in_one_piece_from_exactly_their_bytes(
 def test_a_smaller_expert_after_a_larger_one_sees_only_its_own_bytes(
     path: Path, content: bytes
 ) -> None:
-    backend = DiskBackend(SlotArena(1, 4 * ALIGNMENT))
-    for span in [(0, 10_000), (7, 5), (100, 12_000)]:
+    backend = DiskBackend(SlotArena(1, 8 * ALIGNMENT))
+    for span in [(0, 9_000), (7, 5), (100, 20_000)]:
         plan = converted_plan(path, sum_and_reverse, span)
         backend.copy_piece(plan, 0, 0)
         total = backend._arena.tensors(0, plan)["total"].item()

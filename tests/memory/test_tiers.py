@@ -310,15 +310,15 @@ class TestPrefetch:
         assert finish(lambda: [key.expert for key, _ in demand]) == [0]
 
     def test_a_guess_at_what_is_just_being_demanded_does_no_harm(self, build: Any) -> None:
-        # one worker admits two copies at once: the third is guessed before it is admitted
-        tiers, disk, metrics = build(8, backend=SteppedBackend)
-        tiers.observe(0, {0: 1, 1: 1, 2: 1}, 1)
-        demand = tiers.demand(0, [0, 1, 2])
-        assert guess(tiers, 0, 2)
+        tiers, disk, metrics = build(20, num_experts=20, backend=SteppedBackend)
+        experts = list(range(tiers._window + 1))  # the last is guessed before it is admitted
+        tiers.observe(0, dict.fromkeys(experts, 1), 1)
+        demand = tiers.demand(0, experts)
+        assert guess(tiers, 0, experts[-1])
         disk.let_all_go()
-        assert finish(lambda: sorted(key.expert for key, _ in demand)) == [0, 1, 2]
-        assert sorted(disk.copied) == ["0.0", "0.1", "0.2"]
-        assert counts(metrics) == (0, 0, 3)
+        assert finish(lambda: sorted(key.expert for key, _ in demand)) == experts
+        assert sorted(disk.copied) == sorted(f"0.{expert}" for expert in experts)
+        assert counts(metrics) == (0, 0, len(experts))
         assert (metrics.num_prefetched, metrics.num_prefetched_used) == (1, 1)
 
     def test_open_prefetches_are_counted_until_they_are_demanded(self, build: Any) -> None:
