@@ -111,7 +111,7 @@ class EngineConfig:
                 raise ConfigError(f"{name}={value!r} is unknown", hint=f"use {', '.join(choices)}")
         for name in ("lookahead_layers", "num_workers", "prefill_chunk"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
         if self.expert_memory != "auto":
             parse_size(self.expert_memory, whole_bytes=1 << 40, setting="expert_memory")
@@ -160,6 +160,11 @@ class SamplingConfig:
             object.__setattr__(self, "stop", (self.stop,))
         elif not isinstance(self.stop, tuple):
             object.__setattr__(self, "stop", tuple(self.stop))
+        whole = {"max_new_tokens": int, "top_k": int, "temperature": (int, float)}
+        for name, kind in {**whole, "top_p": (int, float), "seed": (int, type(None))}.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
+                raise ConfigError(f"{name}={value!r} is not a number of the right kind")
         checks = [
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or more"),

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import operator
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -254,6 +255,7 @@ class Engine:
             handle.remove()
         detach(self._loaded.sites)
         self.tiers.close()
+        self._arena.release()
 
     def __enter__(self) -> Engine:
         return self
@@ -349,13 +351,13 @@ class Engine:
         return {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
-            ids = list(cast("Sequence[int]", prompt))
+        ids = _as_token_ids(prompt)
+        if ids is not None:
             size = self.model.get_input_embeddings().weight.shape[0]
-            if not all(isinstance(token, int) and 0 <= token < size for token in ids):
+            if not all(0 <= token < size for token in ids):
                 raise ConfigError(f"a prompt token is outside the vocabulary of {size}")
             return ids
-        if not prompt:
+        if len(prompt) == 0:
             raise ConfigError("the prompt is empty", hint="give at least one token")
         if self.tokenizer is None:
             raise ConfigError(
@@ -363,6 +365,8 @@ class Engine:
             )
         if isinstance(prompt, str):
             text_ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            if not text_ids:
+                raise ConfigError("the prompt has no tokens", hint="give at least one")
             return text_ids
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
@@ -405,7 +409,7 @@ class Engine:
         )
         finish_reason = "length"
         for token in tokens:
-            clock.token()
+            clock.token(is_output=token not in ends)
             if token in ends:
                 finish_reason = "stop"
                 break
@@ -434,13 +438,15 @@ class _RequestClock:
         self._after_prefill = self._before
         self._first_s = submitted_s
         self._last_s = submitted_s
+        self._num_steps = 0
         self._num_tokens = 0
 
-    def token(self) -> None:
-        """Note that a token has become available."""
+    def token(self, *, is_output: bool) -> None:
+        """Note that a token has become available; an end token is no output."""
         self._last_s = time.perf_counter()
-        self._num_tokens += 1
-        if self._num_tokens == 1:
+        self._num_steps += 1
+        self._num_tokens += is_output
+        if self._num_steps == 1:
             self._first_s = self._last_s
             self._after_prefill = self._engine.metrics.snapshot()
 
@@ -448,7 +454,7 @@ class _RequestClock:
         """Give the request's statistics."""
         request = self._engine.metrics.since(self._before)
         decoded = self._engine.metrics.since(self._after_prefill)
-        gaps = self._num_tokens - 1
+        gaps = self._num_steps - 1
         e2e_s = self._last_s - self._submitted_s
         ttft_s = self._first_s - self._submitted_s
         return RequestStats(
@@ -470,6 +476,24 @@ class _RequestClock:
         )
 
 
+def _as_token_ids(prompt: Any) -> list[int] | None:
+    """Give the token ids of a prompt made of them (a list, a 1-D array or tensor), else None."""
+    if isinstance(prompt, str):
+        return None
+    values = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if not values or isinstance(values[0], dict):
+        return None
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError("a truth value is no token")
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        raise ConfigError(
+            f"the prompt is neither text, token ids nor chat messages: {error}",
+            hint="give a text, a flat list of token ids, or a list of messages",
+        ) from error
+
+
 def default_cache_dir() -> Path:
     """Give where foreload keeps what it has measured, unless told otherwise."""
     return Path.home() / ".cache" / "foreload"
@@ -484,7 +508,7 @@ def resolve(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     size = _slot_size(loaded.plans)
     num_experts = sum(len(layer) for layer in loaded.plans)
     whole = size * num_experts
-    needed = size * (loaded.spec.top_k + 1)
+    needed = min(whole, size * (loaded.spec.top_k + 1))
     available = psutil.virtual_memory().available
     if config.expert_memory == "auto":
         budget = min(whole, available - _MARGIN_BYTES)

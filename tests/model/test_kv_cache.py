@@ -161,7 +161,6 @@ def test_layers_that_are_bounded_anyway_stay_transformers_own() -> None:
     assert set(kinds) == {"_GrowingLayer", "DynamicSlidingWindowLayer"}
 
 
-@pytest.mark.xfail(strict=True, reason="_with_room reuses an inference tensor", raises=RuntimeError)
 def test_a_cache_filled_in_inference_mode_can_be_used_outside() -> None:
     layer = _GrowingLayer()
     with torch.inference_mode():

@@ -256,7 +256,6 @@ def test_a_residual_is_shown_once_at_its_layer(make_bench: Any) -> None:
     assert [event.residual is residual for event in bench.predictor.events] == [False, True, False]
 
 
-@pytest.mark.xfail(strict=True, reason="residuals are kept by layer only, not by thread")
 def test_the_residual_of_another_threads_forward_is_not_shown(make_bench: Any) -> None:
     bench = make_bench(lambda event: [])
     own, other = torch.ones(1, 2), torch.ones(5, 2)

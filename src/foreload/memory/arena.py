@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,6 +121,12 @@ class SlotArena:
         """Copy converted parameters into a slot."""
         for name, view in self.tensors(slot, plan).items():
             view.copy_(values[name])
+
+    def release(self) -> None:
+        """Give the memory back; views that are still held keep theirs readable."""
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        with suppress(BufferError):
+            self._map.close()
 
     def poison(self) -> None:
         """Fill with NaN patterns, so that reading what was never written shows."""

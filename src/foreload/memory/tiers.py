@@ -163,11 +163,12 @@ class ExpertTiers:
         """Cancel all copies and stop the threads."""
         self._transfers.close()
         self.poll()
+        self._views.clear()
 
     def _drop_demand(self) -> None:
         """Unpin what a demand holds that was never iterated, or not to its end."""
         if self._demand is not None:
-            self._demand.release()
+            self._demand.close()
             self._demand = None
 
     def _plan(self, key: ExpertKey) -> ExpertPlan:
@@ -264,18 +265,18 @@ class Demand:
                 if not self._ready:
                     self._await_arrival()
                     continue
-                key = self._ready.popleft()
-                try:
-                    yield key, tiers.parameters(key)
-                finally:
-                    tiers.cache.unpin(key)
+                # It stays pinned, and first in line, until the next one is asked for.
+                key = self._ready[0]
+                yield key, tiers.parameters(key)
+                self._ready.popleft()
+                tiers.cache.unpin(key)
                 if not tiers._keep:
                     tiers._evict(key)
                 self._collect()
         finally:
-            self.release()
+            self.close()
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Unpin what was not consumed; copies on their way go on."""
         while self._ready:
             self._tiers.cache.unpin(self._ready.popleft())

@@ -60,12 +60,14 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 def _with_room(buffer: Tensor | None, held: Tensor, new: Tensor, used: int) -> Tensor:
     """Give a buffer that begins with `held` and has room for `new` behind it."""
     needed = used + new.shape[-2]
-    # After a reorder or a selection `held` is a tensor of its own: the buffer is stale.
+    # After a reorder or a selection `held` is a tensor of its own: the buffer is stale. One made
+    # in inference mode must not be written outside it.
     is_current = (
         buffer is not None
         and used > 0
         and held.data_ptr() == buffer.data_ptr()
         and held.shape[:2] == buffer.shape[:2]
+        and (not buffer.is_inference() or torch.is_inference_mode_enabled())
     )
     if buffer is not None and is_current and buffer.shape[-2] >= needed:
         return buffer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foreload.ops.reference import accumulate, expert_forward, group_by_expert
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from foreload.memory.tiers import ExpertTiers
+    from foreload.memory.tiers import Demand, ExpertTiers
     from foreload.metrics import Metrics, Timeline
-    from foreload.ops.reference import SumRule
+    from foreload.ops.reference import ExpertGroup, SumRule
     from foreload.types import Prediction, Predictor
 
     Observer = Callable[[RoutingEvent, list[int]], None]
@@ -69,7 +70,7 @@ class ExpertRuntime:
         self._switch = switch
         self._odds = GuessOdds()
         self._guesses: dict[int, list[_OpenGuess]] = {}
-        self._residuals: dict[int, Tensor] = {}
+        self._residuals: dict[tuple[int, int], Tensor] = {}
         self._step_start_s: float | None = None
         self._last_layer = num_layers
         self._lock = threading.RLock()
@@ -82,7 +83,7 @@ class ExpertRuntime:
     def see_residual(self, layer: int, residual: Tensor) -> None:
         """Keep the residual stream that enters a layer's MoE block, for its prediction."""
         if self.predictor is not None:
-            self._residuals[layer] = residual
+            self._residuals[threading.get_ident(), layer] = residual
 
     def run_layer(
         self,
@@ -115,28 +116,40 @@ class ExpertRuntime:
             self._score_guesses(layer, wanted)
             counts = {group.expert: len(group.token) for group in groups}
             self._tiers.observe(layer, counts, num_tokens)
-            demand = self._tiers.demand(layer, wanted)
-            residual = self._residuals.pop(layer, None)
+            residual = self._residuals.pop((threading.get_ident(), layer), None)
             event = RoutingEvent(
                 self._metrics.num_steps - 1, layer, residual, top_k_index, top_k_weights
             )
-            if self.on_routing is not None:
-                self.on_routing(event, wanted)
-            self._prefetch(event)
-
-            by_expert = {group.expert: group for group in groups}
-            outputs: dict[int, Tensor] = {}
-            for key, weights in demand:
-                start = time.perf_counter()
-                group = by_expert[key.expert]
-                rows = hidden_states[group.token] if num_tokens > 1 else hidden_states
-                output = expert_forward(experts, rows, weights)
-                if self.on_output is not None:
-                    self.on_output(layer, key.expert, output)
-                outputs[key.expert] = output * top_k_weights[group.token, group.position, None]
-                self._timeline.add("compute", f"{layer}.{key.expert}", start, time.perf_counter())
+            with closing(self._tiers.demand(layer, wanted)) as demand:
+                if self.on_routing is not None:
+                    self.on_routing(event, wanted)
+                self._prefetch(event)
+                outputs = self._compute(demand, experts, hidden_states, top_k_weights, groups)
             rule = self._sum_rules[layer]
             return accumulate(hidden_states, top_k_weights.dtype, groups, outputs, rule)
+
+    def _compute(
+        self,
+        demand: Demand,
+        experts: Any,
+        hidden_states: Tensor,
+        top_k_weights: Tensor,
+        groups: list[ExpertGroup],
+    ) -> dict[int, Tensor]:
+        """Run each expert as soon as it is readable; give its weighted outputs (n, H)."""
+        by_expert = {group.expert: group for group in groups}
+        is_single = hidden_states.shape[0] == 1
+        outputs: dict[int, Tensor] = {}
+        for key, weights in demand:
+            start = time.perf_counter()
+            group = by_expert[key.expert]
+            rows = hidden_states if is_single else hidden_states[group.token]
+            output = expert_forward(experts, rows, weights)
+            if self.on_output is not None:
+                self.on_output(key.layer, key.expert, output)
+            outputs[key.expert] = output * top_k_weights[group.token, group.position, None]
+            self._timeline.add("compute", f"{key.layer}.{key.expert}", start, time.perf_counter())
+        return outputs
 
     def _begin_layer(self, layer: int, num_tokens: int) -> None:
         """Notice the start of a forward, and time single-token ones for the switch."""
