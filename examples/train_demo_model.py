@@ -31,7 +31,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import demo_corpus
-import demo_export
 import numpy as np
 import torch
 import torch.multiprocessing as mp
@@ -518,7 +517,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: Its arguments; those of the process if None.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory of the finished model")
+    parser.add_argument("--out", type=Path, help="directory to export to; if absent, only train")
     parser.add_argument("--work", type=Path, default=Path("build/train"), help="for checkpoints")
     parser.add_argument("--source", type=Path, help="directory of Python sources to train on")
     parser.add_argument("--minutes", type=float, default=78.0, help="wall time of the training")
@@ -547,6 +546,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     corpus, tokenizer = prepare(args.source, args.work, shape.vocab, args.resume)
     train(job)
+    if args.out is None:
+        return
+
+    import demo_export  # not above: the training processes need no transformers
+
     torch.set_num_threads(os.cpu_count() or 1)
     weights = trained_weights(args.work)
     log = args.work / "training_log.csv"

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "src" / "foreload" / "demo"
-LOSS_BOUND = 9.0  # nats per token
+LOSS_BOUND = 3.22  # nats per token; 3.07 was measured
 SOURCE = 'def read(path: str) -> "list[int]":\n\n    """Reads it."""\n\treturn [ord("é"), 1_000]\n'
 
 
