@@ -82,7 +82,8 @@ class EngineConfig:
         predictor: "none", "lookahead", "default-vectors", or "auto": the best of these by recall,
             measured as text is generated. Prefetching switches itself off while it loses.
         lookahead_layers: How many MoE layers ahead to predict.
-        eviction: "next-use", "lru", "lfu", "least-stale", or "none" (experts leave after use).
+        eviction: "history", "next-use", "lru", "lfu", "least-stale", or "none" (experts leave after
+            use).
         num_workers: Copies in flight at once.
         prefill_chunk: Most prompt tokens per forward; each needed expert is read once per chunk.
     """
@@ -93,7 +94,7 @@ class EngineConfig:
     expert_memory: str | int = "auto"
     predictor: str = "auto"
     lookahead_layers: int = 2
-    eviction: str = "next-use"
+    eviction: str = "history"
     num_workers: int = 2
     prefill_chunk: int = 1024
 
@@ -101,7 +102,7 @@ class EngineConfig:
         "device": ("auto", "cpu"),
         "dtype": ("auto", "bfloat16", "float16", "float32"),
         "predictor": ("auto", "none", "lookahead", "default-vectors"),
-        "eviction": ("next-use", "lru", "lfu", "least-stale", "none"),
+        "eviction": ("history", "next-use", "lru", "lfu", "least-stale", "none"),
     }
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ def test_with_all_experts_resident_nothing_moves(run: Any) -> None:
 
 
 def test_bytes_are_those_of_the_misses(run: Any, trace: RoutingTrace, loaded: LoadedModel) -> None:
-    sample = run(ARMS["next-use"], budget=0.5)[0]
+    sample = run(ARMS["history"], budget=0.5)[0]
     demanded = sum(len(visit.experts) for step in trace.steps[1:] for visit in step)
     misses = round((1 - sample.hit_rate) * demanded)
     assert 0 < misses < demanded

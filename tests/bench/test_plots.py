@@ -35,7 +35,7 @@ def limits(budget: float = 0.25) -> BudgetLimits:
         compute_s=2e-3,
         expert_bytes=10**6,
         hit_rates={},
-        misses_per_token={"next-use": 10.0, "belady": 5.0},
+        misses_per_token={"history": 10.0, "belady": 5.0},
     )
 
 
@@ -72,7 +72,7 @@ def test_every_budget_has_a_figure_with_medians_and_both_limits(
     assert bars(quarter) == pytest.approx({"auto": 14.0, "all-resident": 2.0})
     assert bars(half) == pytest.approx({"auto": 5.0, "all-resident": 2.0})
     at = {str(line.get_label()): line.get_xdata()[0] for line in quarter.lines}
-    assert at["wire limit (next-use)"] == pytest.approx(10.0)
+    assert at["wire limit (history)"] == pytest.approx(10.0)
     assert at["Belady limit"] == pytest.approx(5.0)
 
 

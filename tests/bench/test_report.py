@@ -42,8 +42,8 @@ def limits(trial: int = 0, budget: float = 0.25, **values: Any) -> BudgetLimits:
         "bandwidth_bytes_s": 1e9,
         "compute_s": 2e-3,
         "expert_bytes": 10**6,
-        "hit_rates": {"none": 0.0, "lru": 0.2, "next-use": 0.5, "belady": 0.8},
-        "misses_per_token": {"none": 20.0, "lru": 16.0, "next-use": 10.0, "belady": 5.0},
+        "hit_rates": {"none": 0.0, "lru": 0.2, "history": 0.5, "belady": 0.8},
+        "misses_per_token": {"none": 20.0, "lru": 16.0, "history": 10.0, "belady": 5.0},
         **values,
     }
     return BudgetLimits(budget=budget, trial=trial, **given)
@@ -58,9 +58,9 @@ def row(summary: str, name: str) -> list[str]:
 @pytest.mark.parametrize(
     ("policy", "compute_s", "bandwidth", "limit"),
     [
-        ("next-use", 2e-3, 1e9, 10e-3),
-        ("next-use", 2e-3, 4e9, 2.5e-3),
-        ("next-use", 2e-3, 1e10, 2e-3),
+        ("history", 2e-3, 1e9, 10e-3),
+        ("history", 2e-3, 4e9, 2.5e-3),
+        ("history", 2e-3, 1e10, 2e-3),
         ("lru", 2e-3, 1e9, 16e-3),
         ("none", 30e-3, 1e9, 30e-3),
     ],
@@ -109,17 +109,17 @@ def test_columns_are_named_and_the_limits_have_rows() -> None:
         "on-demand / it",
     ]
     assert row(summary, "arm")[5:] == ["hits", "late", "MB per token", "wasted MB", "stall ms"]
-    wire, best = row(summary, "*wire limit, next-use*"), row(summary, "*Belady limit*")
+    wire, best = row(summary, "*wire limit, history*"), row(summary, "*Belady limit*")
     assert (wire[1], wire[5], wire[7]) == ("10.0 [10.0 to 10.0]", "0.500", "10")
     assert (best[1], best[5], best[7]) == ("5.0 [5.0 to 5.0]", "0.800", "5")
     assert "## 25% of the experts' memory (4 slots, disk 1.00 [1.00 to 1.00] GB/s)" in summary
 
 
 def test_reference_arms_are_held_against_their_own_policys_limit() -> None:
-    names = ("on-demand", "lru", "next-use", "auto")
+    names = ("on-demand", "lru", "history", "auto")
     summary = summarise(MACHINE, [sample(name, 0, 40.0) for name in names], [limits()])
     wire = {name: row(summary, name)[2].split()[0] for name in names}
-    assert wire == {"on-demand": "2.00", "lru": "2.50", "next-use": "4.00", "auto": "4.00"}
+    assert wire == {"on-demand": "2.00", "lru": "2.50", "history": "4.00", "auto": "4.00"}
 
 
 def test_an_arm_whose_logits_differ_gets_no_time() -> None:
@@ -167,8 +167,8 @@ def test_every_budget_has_its_own_table() -> None:
 
 def test_policies_are_placed_between_lru_and_belady() -> None:
     parts = summarise(MACHINE, [], [limits()]).split("Hit rates of eviction policies")
-    assert row(parts[1], "next-use") == [
-        "next-use",
+    assert row(parts[1], "history") == [
+        "history",
         "0.500 [0.500 to 0.500]",
         "0.50 [0.50 to 0.50]",
     ]

@@ -107,13 +107,13 @@ def test_an_arm_whose_logits_differ_is_kept_and_gets_no_time(
     run_arm = suite.run_engine_arm
 
     def disturbed(loaded: Any, arm: Any, workload: Any, **settings: Any) -> Any:
-        if arm.name == "next-use":
+        if arm.name == "history":
             settings["reference"] = settings["reference"] + 1e-6
         return run_arm(loaded, arm, workload, **settings)
 
     monkeypatch.setattr(suite, "run_engine_arm", disturbed)
     output = tmp_path / "out"
-    result = run_suite(options(with_stock=False, arms=("lru", "next-use"), output=output))
+    result = run_suite(options(with_stock=False, arms=("lru", "history"), output=output))
     assert [s.is_equal for s in result.samples] == [True, True, False]
     assert "| next-use | logits differ |" in result.summary
     assert "| lru | logits differ |" not in result.summary

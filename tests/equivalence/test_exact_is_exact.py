@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ["minimum", "25%", "50%", "100%"]
 PREDICTORS = ["none", "lookahead", "default-vectors", "oracle", "noise"]
-EVICTIONS = ["next-use", "lru", "lfu", "least-stale", "none"]
+EVICTIONS = ["history", "next-use", "lru", "lfu", "least-stale", "none"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DECODED = [11, 16, 21]
 

@@ -29,7 +29,7 @@ TOKENS = torch.randint(3, 320, (1, 12 + DECODED), generator=torch.Generator().ma
     ("memory", "prompt_tokens"),
     [("minimum", 1), ("12%", 1), ("25%", 12), ("40%", 12), ("75%", 12), ("100%", 12)],
 )
-@pytest.mark.parametrize("eviction", ["lru", "lfu", "least-stale", "next-use"])
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "least-stale", "next-use", "history"])
 def test_replay_counts_the_engines_hits(
     open_engine: Callable[..., Engine], eviction: str, memory: str, prompt_tokens: int
 ) -> None:
@@ -66,7 +66,7 @@ def test_no_engine_misses_less_than_belady(
 ) -> None:
     """With few copies in flight experts leave early, which the best eviction must allow for."""
     engine: Any = open_engine(
-        predictor="none", eviction="next-use", expert_memory="minimum", num_workers=num_workers
+        predictor="none", eviction="history", expert_memory="minimum", num_workers=num_workers
     )
     recorder = RoutingRecorder(engine.spec.num_moe_layers, engine.spec.num_experts)
     engine.runtime.on_routing = recorder

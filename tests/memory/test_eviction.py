@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, ClassVar
+from collections import Counter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from foreload.memory.eviction import (
     LFU,
     LRU,
     Belady,
+    History,
     LeastStale,
     NextUse,
     make_eviction,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     Trace = Sequence[Sequence[Sequence[int]]]
 
-NAMES = ["next-use", "lru", "lfu", "least-stale"]
+NAMES = ["history", "next-use", "lru", "lfu", "least-stale"]
 
 
 def count_misses(trace: Trace, policy: EvictionPolicy, num_slots: int, num_experts: int) -> int:
@@ -248,7 +250,7 @@ class TestCyclicTrace:
         misses = count_misses(self.TRACE, LRU(4, 8), num_slots, 8)
         assert misses == count_lookups(self.TRACE)
 
-    @pytest.mark.parametrize("name", ["next-use", "least-stale"])
+    @pytest.mark.parametrize("name", ["history", "next-use", "least-stale"])
     def test_the_default_does_as_well_as_knowing_the_future(self, name: str) -> None:
         misses = count_misses(self.TRACE, make_eviction(name, 4, 8), self.SLOTS, 8)
         assert misses < 0.4 * count_lookups(self.TRACE)
@@ -262,7 +264,7 @@ class TestCyclicTrace:
 
 def test_the_default_beats_lru_on_skewed_text() -> None:
     trace = random_trace(150, 4, 16, 2, seed=1, skew=1.3)
-    default = count_misses(trace, make_eviction("next-use", 4, 16), 16, 16)
+    default = count_misses(trace, make_eviction("history", 4, 16), 16, 16)
     assert default < 0.9 * count_misses(trace, LRU(4, 16), 16, 16)
 
 
@@ -279,6 +281,7 @@ def test_the_wait_covers_every_expert_and_is_finite(name: str) -> None:
 def test_each_name_makes_its_policy() -> None:
     made = {name: type(make_eviction(name, 2, 2)) for name in [*NAMES, "none"]}
     assert made == {
+        "history": History,
         "next-use": NextUse,
         "lru": LRU,
         "lfu": LFU,
@@ -287,3 +290,50 @@ def test_each_name_makes_its_policy() -> None:
     }
     with pytest.raises(ConfigError, match="random"):
         make_eviction("random", 2, 2)
+
+
+class TestHistory:
+    """Routing that repeats itself, with nothing else to go by: every expert is equally frequent."""
+
+    PERIOD, LAYERS, EXPERTS = 24, 3, 12
+
+    def tokens(self, repeats: int) -> list[list[list[int]]]:
+        draw = random.Random(5)
+        once = [
+            [draw.sample(range(self.EXPERTS), 2) for _ in range(self.LAYERS)]
+            for _ in range(self.PERIOD)
+        ]
+        return once * repeats
+
+    def misses(self, policy: Any, trace: list[list[list[int]]]) -> int:
+        return count_misses(trace, policy, 9, self.EXPERTS)
+
+    def test_what_followed_before_is_expected_again(self) -> None:
+        trace = self.tokens(6)
+        history = self.misses(History(self.LAYERS, self.EXPERTS), trace)
+        by_rate = self.misses(NextUse(self.LAYERS, self.EXPERTS), trace)
+        best = self.misses(Belady(self.LAYERS, self.EXPERTS, trace), trace)
+        assert history < by_rate - 0.5 * (by_rate - best)
+
+    def test_the_prompt_is_remembered_token_by_token(self) -> None:
+        told, untold = (History(self.LAYERS, self.EXPERTS) for _ in range(2))
+        prompt = self.tokens(3)
+        for layer in range(self.LAYERS):
+            rows = [token[layer] for token in prompt]
+            counts = Counter(expert for row in rows for expert in row)
+            told.observe(layer, counts, len(prompt), rows)
+            untold.observe(layer, counts, len(prompt))
+        trace = self.tokens(1)
+        assert self.misses(told, trace) < 0.9 * self.misses(untold, trace)
+
+    def test_it_forgets_what_is_too_long_ago(self) -> None:
+        trace = self.tokens(6)
+        short = self.misses(History(self.LAYERS, self.EXPERTS, capacity=4), trace)
+        long = self.misses(History(self.LAYERS, self.EXPERTS, capacity=64), trace)
+        assert long < short
+
+    def test_placeholders_of_expert_parallelism_are_ignored(self) -> None:
+        policy = History(1, 3)
+        policy.observe(0, {1: 1}, 2, [[1, 3], [3, 3]])
+        policy.observe(0, {1: 1}, 1)
+        assert np.isfinite(policy.expected_wait()).all()

@@ -480,7 +480,7 @@ VISITS = st.lists(
 @settings(max_examples=60)
 @given(
     st.integers(1, 7),
-    st.sampled_from(["next-use", "lru", "lfu", "least-stale"]),
+    st.sampled_from(["history", "next-use", "lru", "lfu", "least-stale"]),
     st.booleans(),
     st.integers(1, 2),
     VISITS,

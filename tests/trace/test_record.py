@@ -26,7 +26,9 @@ def visit(recorder: RoutingRecorder, layer: int, index: list[list[int]]) -> None
 def test_counts_tell_how_many_tokens_want_each_expert() -> None:
     recorder = RoutingRecorder(2, 8)
     visit(recorder, 0, [[5, 1], [1, 3], [7, 1]])
-    assert recorder.trace.steps == [[LayerVisit((1, 3, 5, 7), (3, 1, 1, 1), 3)]]
+    assert recorder.trace.steps == [
+        [LayerVisit((1, 3, 5, 7), (3, 1, 1, 1), 3, ((5, 1), (1, 3), (7, 1)))]
+    ]
 
 
 def test_a_forward_begins_where_the_layer_does_not_grow() -> None:
@@ -46,7 +48,7 @@ def test_every_forward_of_a_single_layer_is_a_step() -> None:
 def test_placeholders_are_no_experts() -> None:
     recorder = RoutingRecorder(1, 8)
     visit(recorder, 0, [[2, 8], [8, 8]])
-    assert recorder.trace.steps == [[LayerVisit((2,), (1,), 2)]]
+    assert recorder.trace.steps == [[LayerVisit((2,), (1,), 2, ((2, 8), (8, 8)))]]
 
 
 def test_an_engine_records_every_layer_of_every_forward(

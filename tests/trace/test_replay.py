@@ -11,7 +11,7 @@ from foreload.errors import ConfigError
 from foreload.trace.record import LayerVisit, RoutingTrace
 from foreload.trace.replay import ReplayCounts, replay
 
-POLICIES = ("none", "lru", "lfu", "least-stale", "next-use")
+POLICIES = ("none", "lru", "lfu", "least-stale", "next-use", "history")
 
 
 def make_trace(steps: list[list[tuple[int, ...]]], num_experts: int = 8) -> RoutingTrace:

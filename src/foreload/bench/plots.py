@@ -36,7 +36,7 @@ def plot_tpot(samples: Sequence[Sample], limits: Sequence[BudgetLimits], output:
         high = [max(v) - m for m, v in zip(middle, times, strict=True)]
         axes.barh(names, middle, xerr=[low, high], color="#8fb0d0", ecolor="#444444", capsize=3)
         for label, values, style in (
-            ("wire limit (next-use)", [wire_limit_s(x, "next-use") * 1e3 for x in here], "-"),
+            ("wire limit (history)", [wire_limit_s(x, "history") * 1e3 for x in here], "-"),
             ("Belady limit", [belady_limit_s(x) * 1e3 for x in here], "--"),
         ):
             axes.axvline(statistics.median(values), linestyle=style, color="#333333", label=label)

@@ -120,7 +120,7 @@ def _budget_table(budget: float, samples: Sequence[Sample], limits: Sequence[Bud
         if not all(sample.is_equal for sample in group):
             rows.append(f"| {name} | logits differ | | | | | | | | |")
             continue
-        policy = _ENGINE_POLICY.get(name, "next-use")
+        policy = _ENGINE_POLICY.get(name, "history")
         wire = [s.tpot_s / wire_limit_s(by_trial[s.trial], policy) for s in group]
         best = [s.tpot_s / belady_limit_s(by_trial[s.trial]) for s in group]
         gain = [base[s.trial] / s.tpot_s for s in group if s.trial in base]
@@ -133,7 +133,7 @@ def _budget_table(budget: float, samples: Sequence[Sample], limits: Sequence[Bud
             f"{_median([s.wasted_bytes_per_token / 1e6 for s in group]):.0f} | "
             f"{_median([s.stall_s_per_token * 1e3 for s in group]):.1f} |"
         )
-    for name, policy in (("wire limit, next-use", "next-use"), ("Belady limit", "belady")):
+    for name, policy in (("wire limit, history", "history"), ("Belady limit", "belady")):
         times = [wire_limit_s(limit, policy) * 1e3 for limit in limits]
         moved = [limit.misses_per_token[policy] * limit.expert_bytes / 1e6 for limit in limits]
         hits = [limit.hit_rates[policy] for limit in limits]

@@ -44,7 +44,7 @@ __all__ = ["ENGINE_ARMS", "SuiteOptions", "run_suite"]
 ENGINE_ARMS: tuple[Arm, ...] = (
     Arm("on-demand", {"predictor": "none", "eviction": "none"}),
     Arm("lru", {"predictor": "none", "eviction": "lru"}),
-    Arm("next-use", {"predictor": "none"}),
+    Arm("history", {"predictor": "none"}),
     Arm("lookahead", {"predictor": "lookahead"}),
     Arm("default-vectors", {"predictor": "default-vectors"}),
     Arm("auto", {"predictor": "auto"}),
@@ -226,7 +226,7 @@ class _Suite:
         with Engine(self._loaded, None, config, cache_dir=self._cache_dir) as engine:
             bandwidth = measure_bandwidth(engine)
             slots = engine.tiers.num_slots
-        names = ("none", "lru", "lfu", "least-stale", "next-use", "belady")
+        names = ("none", "lru", "lfu", "least-stale", "next-use", "history", "belady")
         counts = {name: replay(trace, slots, name, count_from=1) for name in names}
         return BudgetLimits(
             budget=budget,

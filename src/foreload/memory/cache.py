@@ -19,7 +19,7 @@ from foreload.errors import ForeloadError
 from foreload.types import ExpertKey, Lookup
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from foreload.memory.eviction import EvictionPolicy
 
@@ -74,9 +74,15 @@ class ExpertCache:
             raise ForeloadError(f"{key} has no slot")
         return slot
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Tell the policy the true routing at `layer`, and forget guesses about that layer."""
-        self._policy.observe(layer, counts, num_tokens)
+        self._policy.observe(layer, counts, num_tokens, routing)
         start = layer * self._num_experts
         self._promise[start : start + self._num_experts] = np.inf
 

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["LFU", "LRU", "Belady", "EvictionPolicy", "LeastStale", "NextUse", "make_eviction"]
+    Routing = Sequence[Sequence[int]]
+
+__all__ = [
+    "LFU",
+    "LRU",
+    "Belady",
+    "EvictionPolicy",
+    "History",
+    "LeastStale",
+    "NextUse",
+    "make_eviction",
+]
 
 _LONG_AGO = -(10**12)
 """Layer visit at which an expert that was never used counts as last used."""
@@ -27,13 +38,20 @@ _LONG_AGO = -(10**12)
 class EvictionPolicy(Protocol):
     """Estimates, for every expert, the tokens until its next use."""
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Routing | None = None,
+    ) -> None:
         """Learn the true routing of one forward at one layer.
 
         Args:
             layer: MoE layer.
             counts: How many tokens of the forward want each demanded expert.
             num_tokens: Tokens in the forward.
+            routing: The experts of each token, (T, K); not needed for a single token.
         """
 
     def expected_wait(self) -> NDArray[np.float64]:
@@ -78,7 +96,13 @@ class LRU:
         self._at = _Position(num_layers, num_experts)
         self._last = np.full(num_layers * num_experts, _LONG_AGO)
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Routing | None = None,
+    ) -> None:
         """Stamp the demanded experts with the present."""
         self._at.advance(layer)
         self._last[self._at.flat(layer, list(counts))] = self._at.visits
@@ -96,7 +120,13 @@ class LFU:
         self._at = _Position(num_layers, num_experts)
         self._rate = _UseRate(num_layers, num_experts, half_life)
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Routing | None = None,
+    ) -> None:
         """Update the frequencies of one layer."""
         self._at.advance(layer)
         self._rate.update(layer, counts, num_tokens)
@@ -120,7 +150,13 @@ class LeastStale:
         self._at = _Position(num_layers, num_experts)
         self._last = np.full(num_layers * num_experts, _LONG_AGO)
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Routing | None = None,
+    ) -> None:
         """Stamp the demanded experts with the present."""
         self._at.advance(layer)
         self._last[self._at.flat(layer, list(counts))] = self._at.visits
@@ -154,7 +190,13 @@ class NextUse:
         self._fast = _UseRate(num_layers, num_experts, fast_half_life)
         self._fast_weight = fast_weight
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Routing | None = None,
+    ) -> None:
         """Update both rates of one layer."""
         self._at.advance(layer)
         self._slow.update(layer, counts, num_tokens)
@@ -162,10 +204,139 @@ class NextUse:
 
     def expected_wait(self) -> NDArray[np.float64]:
         """Give the way to the expert's layer plus the mean gap between its uses."""
-        rate = self._slow.values + self._fast_weight * (self._fast.values - self._slow.values)
-        np.clip(rate, 1e-4, 1.0, out=rate)
-        wait: NDArray[np.float64] = self._at.layers_away() + 1.0 / rate - 1.0
+        wait: NDArray[np.float64] = self._at.layers_away() + 1.0 / self.rates() - 1.0
         return wait
+
+    def rates(self) -> NDArray[np.float64]:
+        """Give the probability of use per token, (L * E,), never quite zero."""
+        rate = self._slow.values + self._fast_weight * (self._fast.values - self._slow.values)
+        return np.clip(rate, 1e-4, 1.0)
+
+
+class History:
+    """Expect what followed when the routing last looked like this.
+
+    Text repeats itself, and so does its routing. The routing of the last token and of this one as
+    far as it has come is compared with all earlier ones; what the most similar of them were
+    followed by is what is expected now, mixed with the use rates of `NextUse`. Nothing is trained.
+
+    Args:
+        num_layers: MoE layers.
+        num_experts: Experts per layer.
+        capacity: Tokens remembered, L * E bytes each (twice that is allocated).
+        num_neighbours: Earlier tokens that are followed.
+        sharpness: How much more a more similar token counts: exp(sharpness * similarity).
+        trust: Weight of the followed tokens against the use rates, once 64 tokens are known.
+        horizon: Tokens ahead that are followed.
+
+    Cost:
+        Per token N * L * K lookups for N remembered tokens; per eviction
+        horizon * num_neighbours * L * E multiply-adds.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        capacity: int = 512,
+        num_neighbours: int = 32,
+        sharpness: float = 10.0,
+        trust: float = 0.9,
+        horizon: int = 8,
+    ) -> None:
+        self._rates = NextUse(num_layers, num_experts)
+        self._num_layers = num_layers
+        self._capacity = capacity
+        self._num_neighbours = num_neighbours
+        self._sharpness = sharpness
+        self._trust = trust
+        self._horizon = horizon
+        self._past = np.zeros((2 * capacity, num_layers, num_experts), dtype=np.uint8)
+        self._end = 0
+        self._width = 0
+        self._layer = num_layers
+        self._score = np.zeros(0, dtype=np.float32)
+        self._wait: NDArray[np.float64] | None = None
+        self._layer_of = np.repeat(np.arange(num_layers), num_experts)
+
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Routing | None = None,
+    ) -> None:
+        """Remember the routing, and compare a single token's with the past."""
+        self._rates.observe(layer, counts, num_tokens)
+        self._wait = None
+        if layer <= self._layer:
+            self._begin(num_tokens)
+        self._layer = layer
+        rows = self._past[self._end - self._width : self._end, layer]
+        if self._width == 1:
+            rows[0, list(counts)] = 1
+            same = self._past[: self._end - 1, layer][:, list(counts)]
+            self._score += same.sum(1, dtype=np.float32)
+        elif routing is not None:
+            for row, experts in zip(rows, routing[-self._width :], strict=True):
+                row[[expert for expert in experts if expert < row.size]] = 1
+
+    def expected_wait(self) -> NDArray[np.float64]:
+        """Give the mean time to next use along the followed tokens, then by use rate."""
+        if self._wait is None:
+            now = self._end - 1
+            is_comparable = self._width == 1 and now >= 2
+            self._wait = self._follow(now) if is_comparable else self._rates.expected_wait()
+        return self._wait
+
+    def _follow(self, now: int) -> NDArray[np.float64]:
+        """Follow the tokens most like token `now`, (L * E,)."""
+        rates = self._rates.rates()
+        near, weights = self._neighbours(now)
+        trust = self._trust * min(1.0, now / 64)
+        away = (self._layer_of - self._layer) / self._num_layers
+        wait = np.zeros_like(rates)
+        alive = np.ones_like(rates)
+        for ahead in range(self._horizon + 1):
+            known = near + ahead < now
+            if not known.any():
+                break
+            rows = self._past[near[known] + ahead].reshape(-1, rates.size).astype(np.float32)
+            followed = weights[known] @ rows / weights[known].sum()
+            chance = np.minimum((1 - trust) * rates + trust * followed, 0.999)
+            if ahead == 0:
+                chance[away <= 0] = 0.0
+            wait += alive * chance * (ahead + away)
+            alive *= 1.0 - chance
+        wait += alive * (self._horizon + away + 1.0 / rates)
+        return wait
+
+    def _begin(self, num_tokens: int) -> None:
+        """Make room for the tokens of a new forward; compare the last one with the past."""
+        self._width = min(num_tokens, self._capacity)
+        if self._end + self._width > len(self._past):
+            kept = min(self._capacity, self._end)
+            self._past[:kept] = self._past[self._end - kept : self._end].copy()
+            self._end = kept
+        self._past[self._end : self._end + self._width] = 0
+        self._end += self._width
+        now = self._end - 1
+        self._score = np.zeros(now, dtype=np.float32)
+        if self._width == 1 and now >= 2:
+            flat = self._past[:now].reshape(now, -1)
+            last = flat[now - 1].nonzero()[0]
+            self._score[1:] = flat[: now - 1][:, last].sum(1, dtype=np.float32)
+
+    def _neighbours(self, now: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Give the earlier tokens most similar to this one, and their weights."""
+        scores = self._score[1:]
+        count = min(self._num_neighbours, scores.size)
+        near = np.argpartition(-scores, count - 1)[:count]
+        per_token = max(float(self._past[now - 1].sum()), 1.0)
+        similarity = (scores[near] - scores[near].max()) / per_token
+        weights: NDArray[np.float32] = np.exp(self._sharpness * similarity)
+        return near + 1, weights
 
 
 class _UseRate:
@@ -223,7 +394,13 @@ class Belady:
         self._next = np.array([uses[0] if uses else never for uses in self._uses], dtype=float)
         self._now = -1
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Routing | None = None,
+    ) -> None:
         """Step to the next recorded layer visit; its experts' next use is the one after."""
         self._now += (layer - self._now - 1) % self._num_layers + 1
         for expert in counts:
@@ -248,6 +425,8 @@ def make_eviction(name: str, num_layers: int, num_experts: int) -> EvictionPolic
         ConfigError: No such policy.
     """
     match name:
+        case "history":
+            return History(num_layers, num_experts)
         case "next-use":
             return NextUse(num_layers, num_experts)
         case "lru" | "none":
@@ -258,5 +437,5 @@ def make_eviction(name: str, num_layers: int, num_experts: int) -> EvictionPolic
             return LeastStale(num_layers, num_experts)
     raise ConfigError(
         f"unknown eviction policy {name!r}",
-        hint="use next-use, lru, lfu, least-stale or none",
+        hint="use history, next-use, lru, lfu, least-stale or none",
     )

@@ -71,10 +71,16 @@ class ExpertTiers:
         self._window = 4 * num_workers
         self._demand: Demand | None = None
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self,
+        layer: int,
+        counts: Mapping[int, int],
+        num_tokens: int,
+        routing: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Learn the true routing at `layer` and call off prefetches that it proves wrong."""
         self.poll()
-        self.cache.observe(layer, counts, num_tokens)
+        self.cache.observe(layer, counts, num_tokens, routing)
         for key, transfer in list(self._open.items()):
             if (
                 key.layer == layer

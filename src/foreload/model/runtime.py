@@ -115,7 +115,8 @@ class ExpertRuntime:
             self._begin_layer(layer, num_tokens)
             self._score_guesses(layer, wanted)
             counts = {group.expert: len(group.token) for group in groups}
-            self._tiers.observe(layer, counts, num_tokens)
+            routing = top_k_index.tolist() if num_tokens > 1 else None
+            self._tiers.observe(layer, counts, num_tokens, routing)
             residual = self._residuals.pop((threading.get_ident(), layer), None)
             event = RoutingEvent(
                 self._metrics.num_steps - 1, layer, residual, top_k_index, top_k_weights

@@ -24,11 +24,13 @@ class LayerVisit:
         experts: Distinct experts demanded, ascending.
         counts: Tokens that want each of them.
         num_tokens: Tokens in the forward.
+        routing: The experts of each token, (T, K); empty for a single token.
     """
 
     experts: tuple[int, ...]
     counts: tuple[int, ...]
     num_tokens: int
+    routing: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -58,7 +60,12 @@ class RoutingRecorder:
         self._last_layer = event.layer
         ids, counts = torch.unique(event.top_k_index, return_counts=True)
         by_id = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+        num_tokens = event.top_k_index.shape[0]
+        routing = event.top_k_index.tolist() if num_tokens > 1 else ()
         visit = LayerVisit(
-            tuple(wanted), tuple(by_id[e] for e in wanted), event.top_k_index.shape[0]
+            tuple(wanted),
+            tuple(by_id[expert] for expert in wanted),
+            num_tokens,
+            tuple(tuple(experts) for experts in routing),
         )
         self.trace.steps[-1].append(visit)

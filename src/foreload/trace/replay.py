@@ -54,9 +54,8 @@ def replay(
     hits = lookups = 0
     for step, visits in enumerate(trace.steps):
         for layer, visit in enumerate(visits):
-            cache.observe(
-                layer, dict(zip(visit.experts, visit.counts, strict=True)), visit.num_tokens
-            )
+            counts = dict(zip(visit.experts, visit.counts, strict=True))
+            cache.observe(layer, counts, visit.num_tokens, visit.routing or None)
             keys = [ExpertKey(layer, expert) for expert in visit.experts]
             resident = [key for key in keys if cache.lookup(key) is Lookup.HIT]
             if step >= count_from:
