@@ -38,7 +38,8 @@ HERE = Path(__file__).resolve().parent
 BLUE, GREEN, RED, GREY = "#4878a8", "#6a9f58", "#c44e52", "#777777"
 POLICIES = {
     "belady": ("Belady (knows the future)", "#333333", "--"),
-    "next-use": ("next-use", BLUE, "-"),
+    "history": ("history", BLUE, "-"),
+    "next-use": ("next-use", "#8064a2", "-"),
     "lfu": ("lfu", GREEN, "-"),
     "least-stale": ("least-stale", "#c9a227", "-"),
     "lru": ("lru", RED, "-"),
