@@ -230,8 +230,8 @@ class History:
         horizon: Tokens ahead that are followed.
 
     Cost:
-        Per token N * L * K lookups for N remembered tokens; per eviction
-        horizon * num_neighbours * L * E multiply-adds.
+        Per token N * L * K lookups for N remembered tokens, and at most eight times (at every
+        layer up to fifteen) horizon * num_neighbours * L * E multiply-adds.
     """
 
     def __init__(
@@ -258,6 +258,9 @@ class History:
         self._layer = num_layers
         self._score = np.zeros(0, dtype=np.float32)
         self._wait: NDArray[np.float64] | None = None
+        # Deep models follow the past eight times per token, not at every layer: it would cost more
+        # than the little it changes from one layer to the next.
+        self._stride = max(1, num_layers // 8)
         self._layer_of = np.repeat(np.arange(num_layers), num_experts)
 
     def observe(
@@ -269,9 +272,10 @@ class History:
     ) -> None:
         """Remember the routing, and compare a single token's with the past."""
         self._rates.observe(layer, counts, num_tokens)
-        self._wait = None
         if layer <= self._layer:
             self._begin(num_tokens)
+        if layer % self._stride == 0 or self._width != 1:
+            self._wait = None
         self._layer = layer
         rows = self._past[self._end - self._width : self._end, layer]
         if self._width == 1:
