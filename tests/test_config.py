@@ -117,7 +117,7 @@ class TestEngineConfig:
     def test_a_changed_copy_is_checked_too(self) -> None:
         config = EngineConfig()
         assert config.with_values(eviction="lru").eviction == "lru"
-        assert config.eviction == "next-use"
+        assert config.eviction == "history"
         with pytest.raises(ConfigError):
             config.with_values(eviction="nonsense")
 

@@ -115,7 +115,7 @@ def test_an_arm_whose_logits_differ_is_kept_and_gets_no_time(
     output = tmp_path / "out"
     result = run_suite(options(with_stock=False, arms=("lru", "history"), output=output))
     assert [s.is_equal for s in result.samples] == [True, True, False]
-    assert "| next-use | logits differ |" in result.summary
+    assert "| history | logits differ |" in result.summary
     assert "| lru | logits differ |" not in result.summary
     assert {path.name for path in output.glob("*.png")} == {"tpot-25.png", "timeline-lru-25.png"}
 

@@ -119,8 +119,9 @@ def test_an_interruption_leaves_whole_files_and_no_hooks(
         if now == stage:
             raise KeyboardInterrupt
 
+    engine.cache_dir = tmp_path
     with pytest.raises(KeyboardInterrupt):
-        calibrate(engine, text_file.read_text(), cache_dir=tmp_path, progress=interrupt)
+        calibrate(engine, text_file.read_text(), progress=interrupt)
     assert engine.runtime.on_output is None
     assert engine.runtime.on_routing is None
     if stage == "Recall":
@@ -134,7 +135,8 @@ def test_recall_of_the_previous_token_is_counted_right(
 ) -> None:
     monkeypatch.setattr("foreload.calibrate._WINDOW_TOKENS", 16)
     token_ids = engine.tokenizer(text_file.read_text())["input_ids"]
-    report = calibrate(engine, token_ids, cache_dir=tmp_path)
+    engine.cache_dir = tmp_path
+    report = calibrate(engine, token_ids)
     held_out = token_ids[report.num_tokens :][: report.num_held_out_tokens]
     assert len(held_out) > 32
 
@@ -168,7 +170,8 @@ def route_one_by_one(engine: Engine, token_ids: list[int]) -> dict[int, list[lis
 
 def test_default_vectors_are_the_mean_outputs(engine: Engine, tmp_path: Path) -> None:
     token_ids = list(range(40, 90))
-    report = calibrate(engine, token_ids, cache_dir=tmp_path)
+    engine.cache_dir = tmp_path
+    report = calibrate(engine, token_ids)
     outputs: dict[int, list[torch.Tensor]] = {}
 
     def keep(layer: int, expert: int, output: torch.Tensor) -> None:

@@ -37,7 +37,7 @@ def combinations() -> list[tuple[str, str, str, str, str]]:
     chosen = []
     for turn, (family, dtype) in enumerate(itertools.product(zoo.SEVEN_FAMILIES, DTYPES)):
         for place, predictor in enumerate(PREDICTORS):
-            eviction = EVICTIONS[(place + turn) % 5]
+            eviction = EVICTIONS[(place + turn) % 6]
             budget = BUDGETS[(place + turn // 2) % 4]
             chosen.append((family, dtype, predictor, eviction, budget))
     return chosen

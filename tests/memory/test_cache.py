@@ -31,7 +31,9 @@ class FixedWait:
             self.waits[key.layer * EXPERTS + key.expert] = wait
         self.seen: list[tuple[int, dict[int, int], int]] = []
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self, layer: int, counts: Mapping[int, int], num_tokens: int, routing: object = None
+    ) -> None:
         self.seen.append((layer, dict(counts), num_tokens))
 
     def expected_wait(self) -> NDArray[np.float64]:

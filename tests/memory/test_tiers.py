@@ -80,7 +80,9 @@ class FixedWait:
         for (layer, expert), wait in waits.items():
             self.waits[layer * num_experts + expert] = wait
 
-    def observe(self, layer: int, counts: Mapping[int, int], num_tokens: int) -> None:
+    def observe(
+        self, layer: int, counts: Mapping[int, int], num_tokens: int, routing: object = None
+    ) -> None:
         pass
 
     def expected_wait(self) -> NDArray[np.float64]:

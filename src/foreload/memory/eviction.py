@@ -272,7 +272,8 @@ class History:
     ) -> None:
         """Remember the routing, and compare a single token's with the past."""
         self._rates.observe(layer, counts, num_tokens)
-        if layer <= self._layer:
+        # Forwards of several threads may interleave: what does not fit the last one begins another.
+        if layer <= self._layer or min(num_tokens, self._capacity) != self._width:
             self._begin(num_tokens)
         if layer % self._stride == 0 or self._width != 1:
             self._wait = None
