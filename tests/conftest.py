@@ -81,6 +81,18 @@ def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def hollow_checkpoint(checkpoint_copy: Path) -> Path:
+    """The tiny checkpoint as `open_headers` leaves a Hub model: true sizes, holes for weights."""
+    for file in checkpoint_copy.glob("*.safetensors"):
+        size = file.stat().st_size
+        length = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        with file.open("r+b") as stream:
+            stream.truncate(length)
+            stream.truncate(size)
+    return checkpoint_copy
+
+
+@pytest.fixture
 def open_engine(tiny_checkpoint: Path) -> Iterator[Callable[..., Engine]]:
     """Open engines on the tiny checkpoint; at the end they must have settled, and are closed."""
     engines: list[Engine] = []

@@ -15,10 +15,11 @@ from foreload.memory.arena import SlotArena, slot_bytes
 from foreload.memory.disk import DiskBackend
 from foreload.memory.eviction import make_eviction
 from foreload.memory.tiers import ExpertTiers
+from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, Timeline
 from foreload.model.hf import load_model, load_tokenizer
 from foreload.predict.calibration import DefaultVectorRecorder, calibration_path
-from foreload.types import ExpertKey, ExpertPlan, ExpertTensor, Prediction, Span
+from foreload.types import ExpertKey, ExpertPlan, ExpertTensor, Prediction, Routing, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -157,12 +158,11 @@ def make_tiers(
     tiers = ExpertTiers(
         arena,
         plans,
-        disk,
+        TransferEngine(disk, num_workers=num_workers),
         policy or make_eviction(eviction, num_layers, num_experts),
         metrics,
         Timeline(),
         keep=keep,
-        num_workers=num_workers,
     )
     return tiers, disk, metrics
 
@@ -195,8 +195,15 @@ class NoisePredictor:
             experts = tuple(self._random.choices(range(self._num_experts), k=size))
             expected = self._random.randint(1, self._num_experts)
             confidence = tuple(self._random.uniform(-3, 3) for _ in experts)
-            guesses.append(Prediction(layer, distance, experts, confidence, expected))
+            routing = self._route(event.top_k_index.shape)
+            guesses.append(Prediction(layer, distance, experts, confidence, expected, routing))
         return guesses
+
+    def _route(self, shape: tuple[int, ...]) -> Routing:
+        """Make a routing that could be executed, and must not be unless a policy asks for it."""
+        rows = [self._random.sample(range(self._num_experts), shape[1]) for _ in range(shape[0])]
+        weights = [[self._random.random() for _ in row] for row in rows]
+        return Routing(torch.tensor(rows), torch.tensor(weights))
 
 
 def least_memory(plans: Sequence[Sequence[ExpertPlan]], top_k: int) -> int:
@@ -217,7 +224,6 @@ def make_engine(
     directory: Path,
     *,
     predictor: str | Callable[[ModelSpec], Predictor] = "auto",
-    policy: EvictionPolicy | None = None,
     backend: Callable[[SlotArena], Any] = DiskBackend,
     cache_dir: Path | None = None,
     **settings: Any,
@@ -240,6 +246,5 @@ def make_engine(
         config,
         cache_dir=cache_dir or directory / "no-cache",
         predictor=None if isinstance(predictor, str) else predictor(loaded.spec),
-        policy=policy,
         backend=backend,
     )

@@ -94,6 +94,24 @@ class TestEngineConfig:
         with pytest.raises(ConfigError, match=name):
             EngineConfig(**{name: value})
 
+    @pytest.mark.parametrize("value", [0, 0.5, 1])
+    def test_confidence_is_a_share(self, value: float) -> None:
+        assert EngineConfig(confidence=value).confidence == value
+
+    @pytest.mark.parametrize("value", [-0.1, 1.01, 2, float("nan"), "0.5", None, True])
+    def test_what_is_no_share_is_no_confidence(self, value: Any) -> None:
+        with pytest.raises(ConfigError, match=r"confidence=.*from 0 to 1"):
+            EngineConfig(confidence=value)
+
+    def test_what_executes_predictions_needs_a_predictor(self) -> None:
+        with pytest.raises(ConfigError, match="predictor='none' makes none") as caught:
+            EngineConfig(policy="speculate", predictor="none")
+        assert "predictor='auto'" in str(caught.value.hint)
+        assert EngineConfig(policy="speculate-when", predictor="none").policy == "speculate-when"
+
+    def test_nothing_is_speculated_unless_asked_for(self) -> None:
+        assert EngineConfig().policy == "exact"
+
     @pytest.mark.parametrize("value", ["auto", "25%", "1GiB", 12345])
     def test_expert_memory_is_a_size_or_auto(self, value: Any) -> None:
         assert EngineConfig(expert_memory=value).expert_memory == value

@@ -84,6 +84,7 @@ def _small_world(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("text like the text to be written\n" * 50)
+    (tmp_path / "notes.jsonl.gz").touch()
     if not (DEMO / "model.safetensors").is_file():
         tiny = request.getfixturevalue("tiny_checkpoint")
         (tmp_path / "src" / "foreload" / "demo").mkdir(parents=True)
@@ -250,7 +251,17 @@ def test_reference_pages_have_every_public_thing() -> None:
         assert f"| `{field.name}` |" in reference["config.md"]
         if field.name != "model":
             assert f"`--{field.name.replace('_', '-')}`" in reference["cli.md"]
-    for words in ("generate", "chat", "inspect", "calibrate", "bench", "make-model widen"):
+    for words in (
+        "generate",
+        "chat",
+        "inspect",
+        "calibrate",
+        "evaluate",
+        "trace",
+        "simulate",
+        "bench",
+        "make-model widen",
+    ):
         assert f"## foreload {words}\n" in reference["cli.md"]
 
 
@@ -302,7 +313,12 @@ def test_the_glossarys_derived_numbers_come_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "page"), [("predictor", "prediction.md"), ("eviction", "eviction.md")]
+    ("setting", "page"),
+    [
+        ("predictor", "prediction.md"),
+        ("eviction", "eviction.md"),
+        ("policy", "policies.md"),
+    ],
 )
 def test_a_concept_page_has_every_choice(setting: str, page: str) -> None:
     text = read(ROOT / "docs" / "concepts" / page)
@@ -352,10 +368,11 @@ def test_the_architecture_has_every_floor() -> None:
 
 
 def test_the_benchmark_page_has_every_arm() -> None:
-    suite = importlib.import_module("foreload.bench.suite")
+    engine = importlib.import_module("foreload.bench.suite").ENGINE_ARMS
+    speculation = importlib.import_module("foreload.bench.speculating_experts").SPECULATION_ARMS
     text = read(ROOT / "docs" / "benchmarks.md")
     rows = re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
-    assert rows == [arm.name for arm in suite.ENGINE_ARMS]
+    assert rows == [arm.name for arm in (*engine, *speculation)]
 
 
 def test_the_changelog_has_the_version() -> None:

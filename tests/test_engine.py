@@ -11,14 +11,22 @@ import psutil
 import pytest
 import torch
 
+import zoo
 from fakes import assert_settled, finish, least_memory, make_engine, write_random_vectors
 from foreload import Engine
 from foreload.config import EngineConfig
 from foreload.engine import Chunk, resolve
-from foreload.errors import CapacityError, CheckpointError, ConfigError, ForeloadError
+from foreload.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    ForeloadError,
+    UnsupportedModelError,
+)
 from foreload.memory.arena import slot_bytes
 from foreload.model.hf import load_model
 from foreload.predict.choice import MeasuredChoice
+from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -431,6 +439,79 @@ class TestErrors:
         flawed.error = None
         assert engine.generate(PROMPT, max_new_tokens=6).token_ids == wanted
         assert_settled(engine.tiers)
+
+
+class TestPolicies:
+    """What the policies execute is tested in tests/equivalence/test_policies.py."""
+
+    def executed(self, engine: Engine) -> list[tuple[int, bool]]:
+        """Note, per layer visit, the step and whether something else was executed."""
+        seen: list[tuple[int, bool]] = []
+        engine.runtime.on_routing = lambda event, wanted: seen.append(
+            (event.step, event.executed is not None)
+        )
+        return seen
+
+    @pytest.mark.parametrize(("num_prompt", "chunk"), [(1, 8), (9, 8), (9, 4)])
+    def test_no_token_of_a_prompt_is_speculated(
+        self, open_engine: Open, num_prompt: int, chunk: int
+    ) -> None:
+        engine = open_engine(policy="speculate", prefill_chunk=chunk)
+        seen = self.executed(engine)
+        engine.generate(PROMPT[:num_prompt], max_new_tokens=4)
+        num_prefills = -(-num_prompt // chunk)
+        assert {step for step, is_other in seen if is_other} == {
+            num_prefills + step for step in range(3)
+        }
+
+    def test_a_request_tells_what_was_speculated_while_decoding(self, open_engine: Open) -> None:
+        engine = open_engine(
+            policy="speculate-when", confidence=0, predictor="none", expert_memory="25%"
+        )
+        stats = engine.generate(PROMPT, max_new_tokens=8).stats
+        assert 0 < stats.speculated_fraction < 1
+        assert 0 < engine.stats["speculated_fraction"] < stats.speculated_fraction
+
+    def test_the_exact_policy_speculates_nothing(self, open_engine: Open) -> None:
+        engine = open_engine(expert_memory="25%")
+        seen = self.executed(engine)
+        assert engine.generate(PROMPT, max_new_tokens=8).stats.speculated_fraction == 0
+        assert not any(is_other for _, is_other in seen)
+
+    def test_settings_name_the_policy(self, open_engine: Open) -> None:
+        engine = open_engine(policy="speculate-when", confidence=0.7)
+        assert engine.runtime.policy == SpeculateWhen(0.7)
+        assert engine.config.to_dict()["policy"] == "speculate-when"
+        assert engine.config.to_dict()["confidence"] == 0.7
+        assert open_engine(policy="speculate").runtime.policy == Speculate()
+        assert open_engine().runtime.policy == Exact()
+
+    def test_routers_that_cannot_be_asked_are_not_speculated(self, tmp_path: Path) -> None:
+        checkpoint = zoo.save_tiny("zaya", tmp_path)
+        threads = threading.active_count()
+        with pytest.raises(UnsupportedModelError, match="'speculate' cannot run Zaya") as caught:
+            make_engine(checkpoint.path, policy="speculate")
+        assert "policy='exact'" in str(caught.value.hint)
+        assert threading.active_count() == threads
+
+    def test_only_layers_that_cannot_be_asked_stay_exact(self, tmp_path: Path) -> None:
+        checkpoint = zoo.save_tiny("deepseek_v4", tmp_path)
+        with make_engine(checkpoint.path, policy="speculate") as engine:
+            whole = {site.layer for site in engine._loaded.sites[1:] if site.is_routing_whole}
+            speculated = set()
+            engine.runtime.on_routing = lambda event, wanted: (
+                speculated.add(event.layer) if event.executed is not None else None
+            )
+            engine.generate(checkpoint.input_ids[0].tolist(), max_new_tokens=3)
+        assert speculated == whole
+
+    def test_a_closed_engine_leaves_no_hooks(self, open_engine: Open) -> None:
+        engine = open_engine(policy="speculate-when")
+        assert any(module._forward_hooks for module in engine.model.modules())
+        engine.close()
+        for module in engine.model.modules():
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
 
 
 class TestOpening:

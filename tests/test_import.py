@@ -39,7 +39,16 @@ def test_import_loads_nothing_heavy_and_leaves_the_process_alone() -> None:
 
 def test_the_bookkeeping_needs_no_torch() -> None:
     modules = ["memory.cache", "memory.eviction", "memory.checkpoint", "schedule.prefetch"]
-    modules += ["predict.choice", "predict.oracle", "types", "metrics", "config", "errors"]
+    modules += [
+        "trace.read",
+        "trace.simulate",
+        "predict.choice",
+        "predict.oracle",
+        "types",
+        "metrics",
+        "config",
+        "errors",
+    ]
     code = "\n".join(f"import foreload.{name}" for name in modules)
     loaded, _, printed = look(code, ("torch", "transformers"))
     assert (loaded, printed) == ([], "")

@@ -26,6 +26,8 @@ def busy() -> Metrics:
         num_prefetched=5,
         num_prefetched_used=4,
         stall_s=0.5,
+        num_executed=16,
+        num_speculated=4,
         num_predicted={(1, 1): 8, (1, 2): 4, (0, 1): 2},
         num_predicted_right={(1, 1): 6, (1, 2): 1},
     )
@@ -38,6 +40,7 @@ def test_rates_are_shares_of_lookups() -> None:
     assert metrics.late_rate == pytest.approx(0.1)
     assert metrics.bytes_moved == 350
     assert metrics.prefetch_precision == pytest.approx(0.8)
+    assert metrics.speculated_fraction == pytest.approx(0.25)
 
 
 def test_recall_is_by_layer_and_distance() -> None:
@@ -49,6 +52,7 @@ def test_nothing_counted_gives_no_rates_and_no_errors() -> None:
     assert metrics.hit_rate is metrics.late_rate is metrics.prefetch_precision is None
     assert metrics.recall_at_n == {}
     assert metrics.bytes_moved == 0
+    assert metrics.speculated_fraction == 0
 
 
 def test_a_snapshot_does_not_move_with_the_counters() -> None:
@@ -105,6 +109,7 @@ def test_request_statistics_are_json() -> None:
         stall_s=0.0,
         stall_fraction=0.0,
         expert_memory_bytes=4096,
+        speculated_fraction=0.0,
     )
     values = json.loads(json.dumps(stats.to_dict()))
     assert set(values) == {field.name for field in dataclasses.fields(stats)}

@@ -2,10 +2,10 @@
 
     python docs/figures/make.py [MODEL] [--text FILE] [--only NAME ...]
 
-`tiers` and `overlap` are drawings and need no model. `timeline`, `eviction` and `exactness` are
-measured with the model, `demo` by default, on its held-out text: forced decoding, one thread. For
-`timeline` the model is widened first, in a temporary folder, because reads of the demo's own
-experts are too short to be seen. Needs the extra `plots`; takes a minute.
+`tiers`, `overlap` and `policies` are drawings and need no model. `timeline`, `eviction` and
+`exactness` are measured with the model, `demo` by default, on its held-out text: forced decoding,
+one thread. For `timeline` the model is widened first, in a temporary folder, because reads of the
+demo's own experts are too short to be seen. Needs the extra `plots`; takes a minute.
 """
 
 from __future__ import annotations
@@ -173,6 +173,45 @@ def draw_overlap() -> None:
     save(figure, "overlap")
 
 
+def draw_policies() -> None:
+    """Draw what one layer computes under each policy."""
+    figure, axes = new_figure(8.4, 3.3)
+    axes.set_axis_off()
+    axes.set(xlim=(0, 84), ylim=(0, 33))
+    rows = (
+        ("router's choice", "0.4 0.3 0.2 0.1", (("A", BLUE), ("B", BLUE), ("C", RED), ("D", RED))),
+        ("exact", "waits for C and D", (("A", BLUE), ("B", BLUE), ("C", RED), ("D", RED))),
+        (
+            "speculate-when\n--confidence 0.7",
+            "E and F, the best in memory, for C and D; waits for nothing",
+            (("A", BLUE), ("B", BLUE), ("E", GREEN), ("F", GREEN)),
+        ),
+        (
+            "speculate",
+            "what was guessed one layer earlier, and brought since then",
+            (("A", BLUE), ("C", BLUE), ("B", BLUE), ("G", GREEN)),
+        ),
+    )
+    for row, (name, text, experts) in enumerate(rows):
+        y = 25.5 - 7.6 * row - (1.2 if row else 0)
+        axes.text(15, y + 2, name, ha="right", va="center", fontsize=9, weight="bold")
+        for place, (expert, colour) in enumerate(experts):
+            x = 17 + 5.6 * place
+            axes.add_patch(patch((x, y), 4.6, 4.2, facecolor=colour, edgecolor=colour, alpha=0.75))
+            axes.text(x + 2.3, y + 2.1, expert, ha="center", va="center", color="white")
+        if row:
+            axes.text(41, y + 2, text, va="center", fontsize=8)
+        else:
+            for place, weight in enumerate(text.split()):
+                axes.text(19.3 + 5.6 * place, y + 5, weight, ha="center", fontsize=8)
+    for line, (colour, meaning) in enumerate(
+        ((BLUE, "in memory"), (RED, "missing"), (GREEN, "not the router's choice"))
+    ):
+        axes.add_patch(patch((41, 29.6 - 2.6 * line), 1.6, 1.6, facecolor=colour, edgecolor=colour))
+        axes.text(43.6, 30.3 - 2.6 * line, meaning, va="center", fontsize=8)
+    save(figure, "policies")
+
+
 def draw_timeline(measured: Measured) -> None:
     """Draw one token of a real run."""
     arm = Arm("lookahead", {"predictor": "lookahead"})
@@ -281,7 +320,7 @@ def save(figure: Figure, name: str) -> None:
     figure.savefig(HERE / f"{name}.png", dpi=110, metadata={"Software": None})
 
 
-DRAWN = {"tiers": draw_tiers, "overlap": draw_overlap}
+DRAWN = {"tiers": draw_tiers, "overlap": draw_overlap, "policies": draw_policies}
 MEASURED = {"timeline": draw_timeline, "eviction": draw_eviction, "exactness": draw_exactness}
 
 if __name__ == "__main__":

@@ -24,7 +24,26 @@ from foreload.calibrate import CalibrationReport, calibrate
 from foreload.cli import app
 from foreload.config import EngineConfig, SamplingConfig
 from foreload.engine import Chunk, Engine, GenerationResult
+from foreload.evaluate import (
+    EvaluationReport,
+    Interval,
+    TokenQuality,
+    bootstrap_interval,
+    compare_logits,
+    evaluate,
+)
 from foreload.metrics import Metrics, RequestStats, Timeline
+from foreload.recording import RecordingReport, record_trace
+from foreload.trace.read import read_trace
+from foreload.trace.record import LayerVisit, RoutingTrace, TraceInfo
+from foreload.trace.simulate import (
+    SimulationLimits,
+    SimulationResult,
+    SimulationSettings,
+    simulate,
+    simulation_limits,
+    wire_limit_s,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,6 +207,21 @@ def render_api() -> Iterator[str]:
     yield from ("## foreload.calibrate", "", *function("calibrate", calibrate))
     yield from ("### CalibrationReport", "", *body(CalibrationReport), "")
     yield from methods(CalibrationReport, "#### ")
+    yield from ("## foreload.evaluate", "", *function("evaluate", evaluate))
+    for cls in (EvaluationReport, Interval, TokenQuality):
+        yield from (f"### {cls.__name__}", "", *body(cls), "")
+    for work in (compare_logits, bootstrap_interval):
+        yield from function(work.__name__, work)
+    yield from ("## foreload.recording", "", *function("record_trace", record_trace))
+    yield from ("### RecordingReport", "", *body(RecordingReport), "")
+    yield from ("## foreload.trace", "", *function("read.read_trace", read_trace))
+    for cls in (RoutingTrace, TraceInfo, LayerVisit):
+        yield from (f"### record.{cls.__name__}", "", *body(cls), "")
+    yield from ("## foreload.trace.simulate", "")
+    for work in (simulate, simulation_limits, wire_limit_s):
+        yield from function(work.__name__, work)
+    for cls in (SimulationSettings, SimulationResult, SimulationLimits):
+        yield from (f"### {cls.__name__}", "", *body(cls), "")
 
 
 def methods(cls: type, heading: str = "### ") -> Iterator[str]:

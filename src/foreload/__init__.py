@@ -20,6 +20,7 @@ from foreload.errors import (
     MissingExtraError,
     OfflineError,
     ShapeError,
+    TraceError,
     TransferError,
     UnsupportedModelError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "OfflineError",
     "RequestStats",
     "ShapeError",
+    "TraceError",
     "TransferError",
     "UnsupportedModelError",
     "__version__",

@@ -79,13 +79,17 @@ class EngineConfig:
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
         expert_memory: Hard ceiling of the device tier for experts: "auto", a size, or a percentage
             of all experts' bytes.
-        predictor: "none", "lookahead", "default-vectors", or "auto": the best of these by recall,
-            measured as text is generated. Prefetching switches itself off while it loses.
+        predictor: "none", "lookahead", "default-vectors", "estimator", or "auto": the best of
+            these by recall, measured as text is generated. Prefetching switches itself off while it
+            loses.
         lookahead_layers: How many MoE layers ahead to predict.
         eviction: "history", "next-use", "lru", "lfu", "least-stale", or "none" (experts leave after
             use).
         num_workers: Copies in flight at once.
         prefill_chunk: Most prompt tokens per forward; each needed expert is read once per chunk.
+        policy: Who decides what is executed: "exact", the true router; "speculate", in decoding the
+            predictor; "speculate-when", the true router among what is in memory.
+        confidence: For "speculate-when": share of the routing weight that is waited for.
     """
 
     model: str = "demo"
@@ -97,11 +101,14 @@ class EngineConfig:
     eviction: str = "history"
     num_workers: int = 2
     prefill_chunk: int = 1024
+    policy: str = "exact"
+    confidence: float = 0.9
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "device": ("auto", "cpu"),
         "dtype": ("auto", "bfloat16", "float16", "float32"),
-        "predictor": ("auto", "none", "lookahead", "default-vectors"),
+        "predictor": ("auto", "none", "lookahead", "default-vectors", "estimator"),
+        "policy": ("exact", "speculate", "speculate-when"),
         "eviction": ("history", "next-use", "lru", "lfu", "least-stale", "none"),
     }
 
@@ -114,6 +121,15 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        confidence = self.confidence
+        is_number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
+        if not is_number or not 0 <= confidence <= 1:
+            raise ConfigError(f"confidence={confidence!r} must be a number from 0 to 1")
+        if self.policy == "speculate" and self.predictor == "none":
+            raise ConfigError(
+                "policy='speculate' executes predictions, and predictor='none' makes none",
+                hint="use predictor='auto'",
+            )
         if self.expert_memory != "auto":
             parse_size(self.expert_memory, whole_bytes=1 << 40, setting="expert_memory")
 

@@ -23,32 +23,38 @@ import torch
 from foreload.config import EngineConfig, SamplingConfig, parse_size
 from foreload.decode.loop import StopText, decode
 from foreload.decode.text import Detokenizer
-from foreload.errors import CapacityError, ConfigError, ForeloadError
+from foreload.errors import CapacityError, ConfigError, ForeloadError, UnsupportedModelError
 from foreload.memory.arena import SlotArena, slot_bytes
 from foreload.memory.disk import DiskBackend
 from foreload.memory.eviction import make_eviction
 from foreload.memory.tiers import ExpertTiers
+from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, RequestStats, Timeline
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.kv_cache import make_kv_cache
 from foreload.model.runtime import ExpertRuntime
 from foreload.model.selfcheck import find_sum_rules
-from foreload.model.sites import predict_routing, probe_sites
+from foreload.model.sites import EarlyRouter, probe_sites, router_logits
 from foreload.model.source import resolve_model
+from foreload.ops.scores import ScoreRule
 from foreload.predict.calibration import calibration_path, read_default_vectors
 from foreload.predict.choice import MeasuredChoice
+from foreload.predict.estimator import CorrectedRouter, Estimator, estimator_path, read_estimator
 from foreload.predict.lookahead import DefaultVectors, Lookahead
-from foreload.schedule.prefetch import PrefetchSwitch
+from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
+from foreload.schedule.prefetch import PrefetchSwitch, most_prefetches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from torch import Tensor
 
-    from foreload.memory.eviction import EvictionPolicy
     from foreload.memory.transfer import CopyBackend
     from foreload.model.hf import LoadedModel
+    from foreload.model.sites import MoeSite
+    from foreload.predict.estimator import LayerNetwork
+    from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import ExpertPlan, ModelSpec, Predictor
 
     Prompt = str | Sequence[int] | Sequence[dict[str, str]]
@@ -59,6 +65,13 @@ logger = logging.getLogger(__name__)
 
 _MARGIN_BYTES = 1 << 30
 """Left to the rest of the machine by expert_memory="auto", beside the KV cache and workspaces."""
+
+
+_MADE_BY = {
+    "default-vectors": ("a calibration", "calibrate"),
+    "estimator": ("an estimator", "train-estimator"),
+}
+"""What a predictor needs that a verb makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +119,7 @@ class Engine:
         spec: The numbers about the model.
         model: The transformers model.
         tokenizer: Its tokenizer, or None where the checkpoint has none.
-        cache_dir: Where calibrations are kept.
+        cache_dir: Where calibrations and estimators are kept.
         metrics: Counters since the engine was made.
         timeline: Spans of computation, disk and stall; switched off until `timeline.is_on`.
     """
@@ -118,7 +131,6 @@ class Engine:
         config: EngineConfig,
         *,
         cache_dir: Path,
-        policy: EvictionPolicy | None = None,
         predictor: Predictor | None = None,
         backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
     ) -> None:
@@ -135,18 +147,15 @@ class Engine:
         self._handles: list[Any] = []
         size = _slot_size(loaded.plans)
         self._arena = SlotArena(int(config.expert_memory) // size, size)
-        eviction = policy or make_eviction(
-            config.eviction, self.spec.num_moe_layers, self.spec.num_experts
-        )
+        spec = self.spec
         self.tiers = ExpertTiers(
             self._arena,
             loaded.plans,
-            backend(self._arena),
-            eviction,
+            TransferEngine(backend(self._arena), num_workers=config.num_workers),
+            make_eviction(config.eviction, spec.num_moe_layers, spec.num_experts),
             self.metrics,
             self.timeline,
             keep=config.eviction != "none",
-            num_workers=config.num_workers,
         )
         try:
             switch = None
@@ -159,12 +168,13 @@ class Engine:
                 self.timeline,
                 sum_rules=find_sum_rules(loaded.sites, self.model.dtype),
                 predictor=predictor,
-                max_prefetches=max(self.spec.top_k, self._arena.num_slots // 4),
+                max_prefetches=most_prefetches(self._arena.num_slots, spec.top_k),
                 switch=switch,
             )
             attach(loaded.sites, self.runtime.run_layer)
             if predictor is not None:
                 self._watch_residuals()
+            self.runtime.policy = self._make_policy()
         except BaseException:
             self.close()
             raise
@@ -287,6 +297,7 @@ class Engine:
             "wasted_bytes": metrics.wasted_bytes,
             "stall_s": metrics.stall_s,
             "expert_memory_bytes": self.expert_memory_bytes,
+            "speculated_fraction": metrics.speculated_fraction,
         }
 
     def forward(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
@@ -301,12 +312,70 @@ class Engine:
             logits: Tensor = output.logits[0, -1]
             return logits
 
-    def early_routers(self) -> list[Callable[[Tensor], Any]]:
-        """Give, per MoE layer, the model's own norm and router as a function of a residual."""
+    def early_routers(self) -> list[EarlyRouter]:
+        """Give, per MoE layer, the model's own norm and router, to be asked with any residual."""
+        self._probe()
+        return [EarlyRouter(site) for site in self._loaded.sites]
+
+    def corrected_routers(
+        self, networks: Mapping[int, LayerNetwork]
+    ) -> list[CorrectedRouter | None]:
+        """Give, per MoE layer, its router corrected by its network; None where it has none."""
+        routers: list[CorrectedRouter | None] = []
+        for router in self.early_routers():
+            site = router.site
+            network = networks.get(site.layer)
+            if network is None:
+                routers.append(None)
+                continue
+            rule = ScoreRule.SOFTMAX if site.scores is None else site.scores.rule
+            routers.append(
+                CorrectedRouter(
+                    router,
+                    network,
+                    rule,
+                    num_experts=site.num_experts,
+                    hidden_size=self.spec.hidden_size,
+                    dtype=self.model.dtype,
+                )
+            )
+        return routers
+
+    def watch_routers(self) -> None:
+        """Show the runtime every router's logits from now on, and how weights are made of them."""
+        if self.runtime.score_rules:
+            return
+        self._probe()
+        self.runtime.score_rules = [site.scores for site in self._loaded.sites]
+        for site in self._loaded.sites:
+            if site.router is not None:
+                hook = functools.partial(self._see_router, site)
+                self._handles.append(site.router.register_forward_hook(hook))
+
+    def _prefill(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
+        with self.runtime.prefilling():
+            return self.forward(token_ids, kv_cache)
+
+    def _probe(self) -> None:
         sites = self._loaded.sites
         if not any(site.is_predictable for site in sites):
-            probe_sites(self.model, sites, torch.tensor([[1, 2, 3, 4]]))
-        return [functools.partial(predict_routing, site) for site in sites]
+            probe_sites(self.model, sites, torch.tensor([[1, 2, 3, 4] * 4]))
+
+    def _make_policy(self) -> ExecutionPolicy:
+        match self.config.policy:
+            case "speculate":
+                self._probe()
+                if not any(site.is_routing_whole for site in self._loaded.sites[1:]):
+                    raise UnsupportedModelError(
+                        f"policy='speculate' cannot run {self.spec.architecture}: no router after "
+                        "the first answers a residual stream with all its experts need",
+                        hint="use policy='exact', or 'speculate-when'",
+                    )
+                return Speculate()
+            case "speculate-when":
+                self.watch_routers()
+                return SpeculateWhen(self.config.confidence)
+        return Exact()
 
     def _make_predictor(self) -> Predictor:
         routers = self.early_routers()
@@ -315,24 +384,44 @@ class Engine:
         lookahead = Lookahead(routers, max_distance=ahead, num_extra=extra)
         if self.config.predictor == "lookahead":
             return lookahead
-        path = calibration_path(self.cache_dir, self.spec.identity)
-        if not path.is_file():
-            if self.config.predictor == "default-vectors":
-                raise ConfigError(
-                    "predictor='default-vectors' needs a calibration, and there is none",
-                    hint=f"run `foreload calibrate {self.config.model}` first",
-                )
-            return lookahead
         spec = self.spec
-        vectors = read_default_vectors(
-            path, spec.identity, (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
-        )
-        defaults = DefaultVectors(routers, list(vectors), max_distance=ahead, num_extra=extra)
-        if self.config.predictor == "default-vectors":
-            return defaults
-        return MeasuredChoice([lookahead, defaults])
+        shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+        candidates: list[Predictor] = [lookahead]
+        path = calibration_path(self.cache_dir, spec.identity)
+        if path.is_file() and self.config.predictor != "estimator":
+            vectors = read_default_vectors(path, spec.identity, shape)
+            candidates.append(
+                DefaultVectors(routers, list(vectors), max_distance=ahead, num_extra=extra)
+            )
+        path = estimator_path(self.cache_dir, spec.identity)
+        if path.is_file() and self.config.predictor != "default-vectors":
+            trained = read_estimator(path, spec.identity, shape)
+            # Its own default vectors, those it was trained with.
+            vectors = trained.default_vectors
+            candidates.append(
+                Estimator(
+                    self.corrected_routers(trained.networks),
+                    trained.choices,
+                    lookahead=lookahead,
+                    default_vectors=DefaultVectors(
+                        routers, list(vectors), max_distance=ahead, num_extra=extra
+                    ),
+                    num_extra=extra,
+                )
+            )
+        if self.config.predictor == "auto":
+            return MeasuredChoice(candidates) if len(candidates) > 1 else lookahead
+        found = next((c for c in candidates if c.name == self.config.predictor), None)
+        if found is None:
+            missing, verb = _MADE_BY[self.config.predictor]
+            raise ConfigError(
+                f"predictor={self.config.predictor!r} needs {missing}, and there is none",
+                hint=f"run `foreload {verb} {self.config.model}` first",
+            )
+        return found
 
     def _watch_residuals(self) -> None:
+        self._probe()
         for site in self._loaded.sites:
             module = site.residual_module
             if module is None:
@@ -344,6 +433,11 @@ class Engine:
         residual = args[0] if args else kwargs.get("hidden_states")
         if isinstance(residual, torch.Tensor):
             self.runtime.see_residual(layer, residual.reshape(-1, residual.shape[-1]))
+
+    def _see_router(self, site: MoeSite, module: Any, args: Any, output: Any) -> None:
+        logits = router_logits(site, output)
+        if logits is not None:
+            self.runtime.see_logits(site.layer, logits)
 
     @functools.cached_property
     def _last_logits_only(self) -> dict[str, int]:
@@ -404,6 +498,7 @@ class Engine:
             prompt_ids,
             self.make_cache(),
             config,
+            prefill=self._prefill,
             prefill_chunk=self.config.prefill_chunk,
             is_cancelled=self._cancelled.is_set,
         )
@@ -473,6 +568,7 @@ class _RequestClock:
             stall_s=request.stall_s,
             stall_fraction=request.stall_s / e2e_s if e2e_s > 0 else 0.0,
             expert_memory_bytes=self._engine.expert_memory_bytes,
+            speculated_fraction=decoded.speculated_fraction,
         )
 
 

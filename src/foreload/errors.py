@@ -4,6 +4,7 @@
     ├── ConfigError            a setting that makes no sense, or does not fit another
     ├── CheckpointError        a checkpoint that is damaged, incomplete or lying about itself
     │   └── OfflineError       a Hub name that is not cached and cannot be downloaded
+    ├── TraceError             a trace that is damaged, cut off, or none at all
     ├── UnsupportedModelError  an architecture or quantisation foreload cannot run
     ├── CapacityError          a memory budget too small for what must fit in it
     ├── TransferError          a copy between tiers that failed
@@ -23,6 +24,7 @@ __all__ = [
     "MissingExtraError",
     "OfflineError",
     "ShapeError",
+    "TraceError",
     "TransferError",
     "UnsupportedModelError",
 ]
@@ -53,6 +55,10 @@ class CheckpointError(ForeloadError):
 
 class OfflineError(CheckpointError):
     """Report a Hub name that is not cached and cannot be downloaded."""
+
+
+class TraceError(ForeloadError):
+    """Report a trace that is damaged, cut off, or none at all."""
 
 
 class UnsupportedModelError(ForeloadError):

@@ -32,6 +32,8 @@ class Metrics:
         num_prefetched: Copies begun on a guess.
         num_prefetched_used: Of these, demanded before they were evicted or cancelled.
         stall_s: Seconds the compute thread waited for copies.
+        num_executed: Pairs of token and expert that were executed, or that a policy dropped.
+        num_speculated: Of these, pairs the true router chose and a policy replaced or dropped.
         num_predicted: Predicted experts by (layer, distance), counted at the n a layer demands.
         num_predicted_right: Of the experts a layer demanded, those inside the predicted n.
     """
@@ -46,6 +48,8 @@ class Metrics:
     num_prefetched: int = 0
     num_prefetched_used: int = 0
     stall_s: float = 0.0
+    num_executed: int = 0
+    num_speculated: int = 0
     num_predicted: dict[tuple[int, int], int] = field(default_factory=dict)
     num_predicted_right: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -67,6 +71,15 @@ class Metrics:
                 value = now - before
             setattr(difference, f.name, value)
         return difference
+
+    def add(self, other: Metrics) -> None:
+        """Count what another has counted as well."""
+        for f in fields(self):
+            mine, more = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(more, dict):
+                mine.update({key: mine.get(key, 0) + count for key, count in more.items()})
+            else:
+                setattr(self, f.name, mine + more)
 
     @property
     def num_lookups(self) -> int:
@@ -92,6 +105,11 @@ class Metrics:
     def prefetch_precision(self) -> float | None:
         """Give num_prefetched_used / num_prefetched; None without prefetches."""
         return self.num_prefetched_used / self.num_prefetched if self.num_prefetched else None
+
+    @property
+    def speculated_fraction(self) -> float:
+        """Give num_speculated / num_executed; 0 where nothing was executed."""
+        return self.num_speculated / self.num_executed if self.num_executed else 0.0
 
     @property
     def recall_at_n(self) -> dict[int, dict[int, float]]:
@@ -124,6 +142,7 @@ class RequestStats:
         stall_s: Seconds compute waited on copies.
         stall_fraction: stall_s / e2e_s.
         expert_memory_bytes: Size of the device tier.
+        speculated_fraction: num_speculated / num_executed while decoding; 0 under the exact policy.
     """
 
     ttft_s: float
@@ -141,6 +160,7 @@ class RequestStats:
     stall_s: float
     stall_fraction: float
     expert_memory_bytes: int
+    speculated_fraction: float
 
     def to_dict(self) -> dict[str, Any]:
         """Give the statistics as JSON-ready values."""

@@ -21,6 +21,7 @@ __all__ = [
     "Predictor",
     "Priority",
     "RouterOutput",
+    "Routing",
     "RoutingEvent",
     "Span",
 ]
@@ -45,11 +46,20 @@ class RouterOutput(NamedTuple):
     logits: Tensor | None
 
 
+class Routing(NamedTuple):
+    """Who computes each token: `top_k_index` (T, K) int64 and `top_k_weights` (T, K), final."""
+
+    top_k_index: Tensor
+    top_k_weights: Tensor
+
+
 class RoutingEvent(NamedTuple):
-    """The true routing at one MoE layer of one forward, as a predictor sees it.
+    """The routing at one MoE layer of one forward, as a predictor sees it.
 
     `step` counts forwards since the engine was made, `residual` is the stream entering the MoE
-    block's norm, (..., H), or None where it could not be observed.
+    block's norm, (..., H), or None where it could not be observed. `top_k_index` and
+    `top_k_weights` are the true router's; `executed` is what a policy executes instead, None where
+    that is the same.
     """
 
     step: int
@@ -57,6 +67,12 @@ class RoutingEvent(NamedTuple):
     residual: Tensor | None
     top_k_index: Tensor
     top_k_weights: Tensor
+    executed: Routing | None = None
+
+    @property
+    def executed_routing(self) -> Routing:
+        """Give the routing that contributes to the residual stream."""
+        return self.executed or Routing(self.top_k_index, self.top_k_weights)
 
 
 class Prediction(NamedTuple):
@@ -65,6 +81,8 @@ class Prediction(NamedTuple):
     `distance` counts MoE layers from the one the guess was made at. `confidence` has one number
     per expert, comparable across guesses of one kind: above zero where the expert would be
     demanded if the guess were right, the larger the surer. `num_expected` counts those.
+    `routing` is the guess token by token with its weights, what a policy may execute; None where
+    the predictor names experts only.
     """
 
     layer: int
@@ -72,6 +90,7 @@ class Prediction(NamedTuple):
     experts: tuple[int, ...]
     confidence: tuple[float, ...]
     num_expected: int
+    routing: Routing | None = None
 
 
 class Predictor(Protocol):

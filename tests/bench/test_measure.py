@@ -144,6 +144,66 @@ def test_one_different_bit_makes_the_sample_unequal(run: Any, reference: Tensor)
     assert not run(ARMS["lru"], reference=wrong)[0].is_equal
 
 
+def test_a_lossy_arm_is_held_to_the_prompts_logits_and_judged_by_the_others(
+    run: Any, reference: Tensor, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    write_random_vectors(tmp_path, loaded.spec)
+    settings = {"policy": "speculate", "predictor": "default-vectors", "lookahead_layers": 1}
+    lossy = Arm("speculate", settings)
+    sample, forced, routed, _ = run(lossy)
+    assert sample.is_lossy
+    assert sample.is_equal, "the prompt follows the true router"
+    assert not torch.equal(forced.logits, reference)
+    assert sample.speculated_fraction > 0
+    assert routed.steps == []
+
+    scored = slice(1, DECODED)
+    text = torch.tensor(WORKLOAD.token_ids[WORKLOAD.num_prompt_tokens + 1 :])
+    exact = torch.nn.functional.cross_entropy(reference[scored], text, reduction="none")
+    ours = torch.nn.functional.cross_entropy(forced.logits[scored], text, reduction="none")
+    assert sample.quality["nll_exact"] == pytest.approx(exact.tolist(), rel=1e-4)
+    assert sample.quality["nll"] == pytest.approx(ours.tolist(), rel=1e-4)
+    assert min(sample.quality["kl"]) >= 0
+    assert set(map(len, sample.quality.values())) == {DECODED - 1}
+
+    later, prompt = reference.clone(), reference.clone()
+    later[1:] += 1
+    prompt[0] += 1
+    assert run(lossy, reference=later)[0].is_equal
+    assert not run(lossy, reference=prompt)[0].is_equal
+
+
+def test_a_prompt_of_one_token_is_exact_too(run: Any) -> None:
+    settings = {"policy": "speculate-when", "confidence": 0.0, "predictor": "none"}
+    workload = Workload(WORKLOAD.token_ids[:6], 1)
+    exact = run(RESIDENT, workload=workload, reference=None)[1].logits
+    sample, forced, _, _ = run(Arm("when", settings), workload=workload, reference=exact)
+    assert sample.is_equal
+    assert not torch.equal(forced.logits, exact)
+
+
+def test_a_layerwise_arm_computes_the_same_in_the_same_bytes(run: Any) -> None:
+    layerwise = Arm("layerwise", {"predictor": "none", "eviction": "none"}, is_layerwise=True)
+    sample, _, _, timeline = run(layerwise, with_timeline=True)
+    assert sample.is_equal
+    assert sample.bytes_per_token == run(ARMS["on-demand"])[0].bytes_per_token
+    for layer in range(4):
+        lanes = [
+            [span for span in timeline.spans if span.lane == lane and span.name[0] == str(layer)]
+            for lane in ("disk", "compute")
+        ]
+        disk, compute = ([lane[i : i + 4] for i in range(0, len(lane), 4)] for lane in lanes)
+        for copies, computed in zip(disk, compute, strict=True):
+            assert max(span.end_s for span in copies) <= min(span.start_s for span in computed)
+
+
+def test_an_exact_arm_is_not_judged(run: Any) -> None:
+    sample = run(ARMS["lru"])[0]
+    assert not sample.is_lossy
+    assert (sample.quality, sample.speculated_fraction) == ({}, 0.0)
+    assert (sample.context, sample.eviction) == (WORKLOAD.num_prompt_tokens, "lru")
+
+
 def test_the_prefill_is_not_counted_even_of_one_token(run: Any, loaded: LoadedModel) -> None:
     workload = Workload(WORKLOAD.token_ids[:3], 1)
     sample, _, routed, timeline = run(

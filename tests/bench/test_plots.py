@@ -26,9 +26,10 @@ def sample(arm: str, tpot_ms: float, budget: float = 0.25, **values: Any) -> Sam
     return Sample(arm=arm, budget=budget, tpot_s=tpot_ms / 1e3, **given)
 
 
-def limits(budget: float = 0.25) -> BudgetLimits:
+def limits(budget: float = 0.25, context: int = 0) -> BudgetLimits:
     return BudgetLimits(
         budget=budget,
+        context=context,
         trial=0,
         num_slots=4,
         bandwidth_bytes_s=1e9,
@@ -43,9 +44,9 @@ def limits(budget: float = 0.25) -> BudgetLimits:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
     """The axes of every figure that is saved."""
     axes: list[Axes] = []
-    save = plots._save
+    save = plots.save_figure
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: (axes.extend(figure.axes), save(figure, path))
+        plots, "save_figure", lambda figure, path: (axes.extend(figure.axes), save(figure, path))
     )
     return axes
 
@@ -74,6 +75,13 @@ def test_every_budget_has_a_figure_with_medians_and_both_limits(
     at = {str(line.get_label()): line.get_xdata()[0] for line in quarter.lines}
     assert at["wire limit (history)"] == pytest.approx(10.0)
     assert at["Belady limit"] == pytest.approx(5.0)
+
+
+def test_every_context_has_a_figure_of_its_own(drawn: list[Axes], tmp_path: Path) -> None:
+    samples = [sample("auto", 9.0, context=100), sample("auto", 5.0, context=400)]
+    plots.plot_tpot(samples, [limits(context=100), limits(context=400)], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tpot-25-100.png", "tpot-25-400.png"}
+    assert [bars(axes) for axes in drawn] == [{"auto": 9.0}, {"auto": 5.0}]
 
 
 def test_an_arm_that_differed_in_one_trial_is_not_drawn(drawn: list[Axes], tmp_path: Path) -> None:

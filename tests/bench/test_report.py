@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from foreload.bench.measure import Sample
-from foreload.bench.report import BudgetLimits, belady_limit_s, summarise, wire_limit_s
+from foreload.bench.report import (
+    BudgetLimits,
+    belady_limit_s,
+    label_arm,
+    samples_at,
+    summarise,
+    wire_limit_s,
+)
 
 MACHINE = {
     "model": "toy",
@@ -32,6 +39,7 @@ MACHINE = {
 
 def sample(arm: str, trial: int, tpot_ms: float, budget: float = 0.25, **values: Any) -> Sample:
     given = {"prefill_s": 0.5, "step_s": [tpot_ms / 1e3], "is_equal": True, **values}
+    given.setdefault("eviction", "history")
     return Sample(arm=arm, budget=budget, trial=trial, tpot_s=tpot_ms / 1e3, **given)
 
 
@@ -117,7 +125,12 @@ def test_columns_are_named_and_the_limits_have_rows() -> None:
 
 def test_reference_arms_are_held_against_their_own_policys_limit() -> None:
     names = ("on-demand", "lru", "history", "auto")
-    summary = summarise(MACHINE, [sample(name, 0, 40.0) for name in names], [limits()])
+    evictions = ("none", "lru", "history", "history")
+    samples = [
+        sample(name, 0, 40.0, eviction=eviction)
+        for name, eviction in zip(names, evictions, strict=True)
+    ]
+    summary = summarise(MACHINE, samples, [limits()])
     wire = {name: row(summary, name)[2].split()[0] for name in names}
     assert wire == {"on-demand": "2.00", "lru": "2.50", "history": "4.00", "auto": "4.00"}
 
@@ -163,6 +176,37 @@ def test_every_budget_has_its_own_table() -> None:
     assert "| auto |" in quarter
     assert "| auto |" not in half
     assert row(half, "lru")[1] == "40.0 [40.0 to 40.0]"
+
+
+def test_every_context_has_its_own_table_and_resident_rows() -> None:
+    samples = [
+        sample("auto", 0, 20.0, context=100),
+        sample("auto", 0, 30.0, context=900),
+        sample("all-resident", 0, 3.0, 1.0, context=100, is_resident=True),
+        sample("all-resident", 0, 5.0, 1.0, context=900, is_resident=True),
+    ]
+    summary = summarise(MACHINE, samples, [limits(context=900), limits(context=100)])
+    short, long = summary.split("## ")[1:]
+    assert short.startswith("25% of the experts' memory (100 tokens of prompt, 4 slots")
+    assert row(short, "auto")[1] == "20.0 [20.0 to 20.0]"
+    assert row(long, "auto")[1] == "30.0 [30.0 to 30.0]"
+    assert row(summary, "all-resident, 900 tokens")[1] == "5.0 [5.0 to 5.0]"
+
+
+def test_arms_stand_in_one_order_in_all_tables() -> None:
+    samples = [sample(arm, 0, 20.0) for arm in ("lru", "auto")]
+    samples += [sample(arm, 0, 20.0, context=900) for arm in ("auto", "lru")]
+    assert list(samples_at(samples, [limits(context=900)])) == ["lru", "auto"]
+    assert list(samples_at(samples[1:], [limits()])) == ["auto"]
+
+
+def test_a_lossy_arm_is_named_with_its_quality() -> None:
+    quality = {"kl": [0.1, 0.3], "nll": [2.0, 2.0], "nll_exact": [1.0, 2.0], "agrees": [1, 1]}
+    lossy = sample("speculate", 0, 20.0, is_lossy=True, quality=quality)
+    assert label_arm("speculate", [lossy]) == "speculate (KL 0.2, perplexity x1.649)"
+    assert label_arm("auto", [sample("auto", 0, 20.0)]) == "auto"
+    unjudged = sample("speculate", 0, 20.0, is_lossy=True)
+    assert label_arm("speculate", [unjudged]) == "speculate (lossy; random weights, no quality)"
 
 
 def test_policies_are_placed_between_lru_and_belady() -> None:

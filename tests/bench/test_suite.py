@@ -9,7 +9,7 @@ import pytest
 
 from fakes import write_random_vectors
 from foreload.bench import suite
-from foreload.bench.suite import ENGINE_ARMS, SuiteOptions, run_suite
+from foreload.bench.suite import ENGINE_ARMS, ENGINE_SUITE, SuiteOptions, run_suite
 from foreload.engine import default_cache_dir
 from foreload.errors import ConfigError
 from foreload.model.hf import load_model
@@ -34,10 +34,14 @@ def options(tiny_checkpoint: Path, tmp_path: Path) -> Any:
     text.write_text("the cat sat on the mat, then the rat ate the hat. " * 20)
 
     def make(**values: Any) -> SuiteOptions:
-        given = {"num_trials": 1, "num_prompt_tokens": 8, "num_decode_tokens": 3, **values}
-        return SuiteOptions(**{"model": str(tiny_checkpoint), "text": text, **given})
+        given = {"num_trials": 1, "contexts": (8,), "num_decode_tokens": 3, "budgets": (0.25,)}
+        return SuiteOptions(**{"model": str(tiny_checkpoint), "text": text, **given, **values})
 
     return make
+
+
+def start(options: SuiteOptions) -> Any:
+    return suite._SuiteRun(ENGINE_SUITE, options, None)
 
 
 def test_all_arms_run_and_everything_is_written(
@@ -65,6 +69,8 @@ def test_all_arms_run_and_everything_is_written(
     config = json.loads((output / "config.json").read_text())
     assert config["text"] == str(tmp_path / "text.txt")
     assert config["num_trials"] == 2
+    assert config["suite"] == "engine"
+    assert (config["arms"], config["budgets"], config["contexts"]) == (ALL, [0.25], [8])
     lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [line["arm"] for line in lines[:22]] == arms
     assert all(len(line["step_s"]) == 3 for line in lines[:22])
@@ -81,7 +87,7 @@ def test_all_arms_run_and_everything_is_written(
 
 def test_trials_decode_different_windows_that_the_seed_decides(options: Any) -> None:
     def windows(seed: int) -> list[Any]:
-        return suite._Suite(options(num_trials=2, with_stock=False, seed=seed), None).workloads
+        return start(options(num_trials=2, with_stock=False, seed=seed)).workloads
 
     first, second = windows(1)
     assert first != second
@@ -139,8 +145,11 @@ def test_default_vectors_by_name_need_a_calibration(options: Any) -> None:
 
 
 def test_default_vectors_are_left_out_where_nobody_asked(options: Any) -> None:
-    made = suite._Suite(options(with_stock=False), None)
-    assert [arm.name for arm in made._arms] == [n for n in ALL if n != "default-vectors"]
+    made = start(options(with_stock=False))
+    assert [arm.name for arm in made.arms] == [n for n in ALL if n != "default-vectors"]
+    result = run_suite(options(with_stock=False))
+    assert result.left_out == {"default-vectors": "a calibration (`foreload calibrate`)"}
+    assert "Left out: default-vectors, which needs a calibration" in result.summary
 
 
 def test_too_short_a_text_is_refused(options: Any, tmp_path: Path) -> None:
@@ -153,3 +162,34 @@ def test_a_text_that_cannot_be_read_is_named(options: Any, tmp_path: Path) -> No
     (tmp_path / "text.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ConfigError, match=r"cannot read the text .*text\.txt"):
         run_suite(options(with_stock=False))
+
+
+def test_contexts_share_the_tokens_that_are_decoded(options: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    chosen = options(with_stock=False, arms=("lru", "history"), contexts=(4, 12), output=output)
+    result = run_suite(chosen)
+    placed = [(sample.arm, sample.context) for sample in result.samples]
+    short = [("all-resident", 4), ("lru", 4), ("history", 4)]
+    assert placed == [*short, ("all-resident", 12), ("history", 12), ("lru", 12)]
+    assert all(sample.is_equal for sample in result.samples)
+    assert [limit.context for limit in result.limits] == [4, 12]
+    (window,) = start(chosen).workloads
+    assert window.num_prompt_tokens == 12
+    figures = {"tpot-25-4.png", "tpot-25-12.png"}
+    assert {path.name for path in output.glob("tpot*.png")} == figures
+    timelines = {path.name for path in output.glob("timeline*.png")}
+    assert timelines == {"timeline-lru-25.png", "timeline-history-25.png"}
+
+
+def test_a_context_beyond_the_models_own_is_for_random_weights_only(
+    options: Any, checkpoint_copy: Path
+) -> None:
+    config = json.loads((checkpoint_copy / "config.json").read_text())
+    config["max_position_embeddings"] = 16
+    path = checkpoint_copy / "config.json"
+    path.write_text(json.dumps(config))
+    chosen = options(model=str(checkpoint_copy), with_stock=False, arms=("lru",), contexts=(14,))
+    with pytest.raises(ConfigError, match="more than the model's context of 16"):
+        run_suite(chosen)
+    path.write_text(json.dumps(config | {"foreload_random_weights": True}))
+    assert [sample.context for sample in run_suite(chosen).samples] == [14, 14]

@@ -37,6 +37,15 @@ def test_windows_do_not_overlap_and_are_pieces_of_the_text() -> None:
         assert (window.num_prompt_tokens, window.num_decode_tokens) == (6, 4)
 
 
+def test_a_shorter_prompt_is_the_end_of_the_longer_one() -> None:
+    window = Workload(tuple(range(10)), 6)
+    short = window.shortened(2)
+    assert short.token_ids == (4, 5, 6, 7, 8, 9)
+    assert short.num_prompt_tokens == 2
+    assert short.num_decode_tokens == window.num_decode_tokens
+    assert window.shortened(6) == window
+
+
 def test_the_seed_decides_the_windows() -> None:
     assert cut(seed=1) == cut(seed=1)
     assert cut(seed=1) != cut(seed=2)

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-VERBS = ["generate", "chat", "inspect", "calibrate", "bench", "make-model"]
+VERBS = [
+    "generate",
+    "chat",
+    "inspect",
+    "calibrate",
+    "evaluate",
+    "trace",
+    "simulate",
+    "bench",
+    "make-model",
+]
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tokenizers")
 
 HELP_SCRIPT = f"""
@@ -82,6 +92,11 @@ def test_groups_make_the_default_settings() -> None:
         ["generate", "--prompt-ids", "one"],
         ["generate", "--prompt-file", "/does/not/exist"],
         ["calibrate", "--text", "/does/not/exist"],
+        ["evaluate", "--text", "/does/not/exist"],
+        ["evaluate", "--num-prompt-tokens", "0"],
+        ["trace"],
+        ["trace", "--output", "trace", "--text", "/does/not/exist"],
+        ["simulate", "/does/not/exist"],
         ["bench", "--budgets", "0"],
         ["bench", "--budgets", "half"],
         ["bench", "--suite", "nothing"],

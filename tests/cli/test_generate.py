@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,74 @@ def test_compare_repeats_sampled_text(call: Callable[..., Any], checkpoint: Path
     assert comparison["config"]["expert_memory"] == answer["config"]["expert_memory"]
     assert comparison["ratio"]["bytes_moved"] > 1
     assert isinstance(answer["config"]["sampling"]["seed"], int)
+
+
+@pytest.mark.parametrize("policy", ["speculate", "speculate-when"])
+def test_a_policy_is_shown_with_what_it_speculated(
+    policy: str, call: Callable[..., Any], checkpoint: Path
+) -> None:
+    result = call(
+        *("generate", checkpoint, "-p", PROMPT, "--max-new-tokens", "8"),
+        *("--expert-memory", "25%", "--policy", policy, "--confidence", "0.25"),
+    )
+    assert result.exit_code == 0, result.stderr
+    settings, statistics = result.stderr.splitlines()
+    shown = "policy speculate-when (confidence 0.25)" if "when" in policy else "policy speculate"
+    assert settings.endswith(shown)
+    assert re.search(r", speculated [\d.]+ %$", statistics)
+
+
+def test_json_has_the_policy(call: Callable[..., Any], checkpoint: Path) -> None:
+    result = call(
+        *("generate", checkpoint, "-p", PROMPT, "--max-new-tokens", "8", "--json"),
+        *("--expert-memory", "25%", "--policy", "speculate-when", "--confidence", "0"),
+    )
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["config"]["policy"] == "speculate-when"
+    assert answer["config"]["confidence"] == 0
+    assert answer["stats"]["speculated_fraction"] > 0
+
+
+def test_the_exact_policy_says_nothing_of_speculation(
+    call: Callable[..., Any], checkpoint: Path
+) -> None:
+    result = call("generate", checkpoint, "-p", PROMPT, *SHORT)
+    assert "policy exact" in result.stderr
+    assert "speculated" not in result.stderr
+
+
+def test_compare_forgives_a_policy_that_is_not_exact(
+    call: Callable[..., Any], checkpoint: Path
+) -> None:
+    result = call(
+        *("generate", checkpoint, "-p", PROMPT, "--max-new-tokens", "16", "--compare", "--json"),
+        *("--expert-memory", "25%", "--policy", "speculate-when", "--confidence", "0"),
+        *("--predictor", "none"),
+    )
+    assert result.exit_code == 0, result.stderr
+    comparison = json.loads(result.stdout)["comparison"]
+    assert comparison["config"]["policy"] == "exact"
+    assert comparison["stats"]["speculated_fraction"] == 0
+    assert "speculated" in result.stderr
+    assert comparison["is_same_text"] is not ("is not exact" in result.stderr)
+    assert "this is a bug" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--policy", "speculate", "--predictor", "none"), "predictor='none' makes none"),
+        (("--confidence", "2"), "confidence=2.0 must be a number from 0 to 1"),
+        (("--policy", "guess"), "'guess' is not one of"),
+    ],
+)
+def test_settings_of_a_policy_that_make_no_sense_are_wrong_usage(
+    call: Callable[..., Any], checkpoint: Path, words: tuple[str, ...], message: str
+) -> None:
+    result = call("generate", checkpoint, "-p", PROMPT, *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 @contextmanager

@@ -68,6 +68,15 @@ def test_one_token_takes_one_forward() -> None:
     assert model.calls == [[7, 8]]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_the_prompt_is_run_by_who_runs_prompts(chunk: int) -> None:
+    prompt, reader, writer, cache = [3, 1, 4], Counting(), Counting(), []
+    config = SamplingConfig(max_new_tokens=3)
+    tokens = list(decode(writer, prompt, cache, config, prefill_chunk=chunk, prefill=reader))
+    assert reader.calls == [prompt[start : start + chunk] for start in range(0, 3, chunk)]
+    assert writer.calls == [[token] for token in tokens[:-1]]
+
+
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         next(decode(Counting(), [], [], SamplingConfig(), prefill_chunk=8))

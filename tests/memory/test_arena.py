@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreload.errors import CapacityError
+from foreload.errors import CapacityError, ForeloadError
 from foreload.memory.arena import (
     ALIGNMENT,
     SlotArena,
@@ -150,3 +151,25 @@ def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) ->
     arena = SlotArena(1, ALIGNMENT)
     arena.buffer(0)[:1] = b"x"
     assert bytes(arena.buffer(0)[:1]) == b"x"
+
+
+def test_views_outlive_the_memory_and_new_ones_are_refused() -> None:
+    """Another thread may be computing with them when an engine is closed."""
+    arena = SlotArena(2, ALIGNMENT)
+    plan = converted_plan((4, 8))
+    (view,) = arena.tensors(1, plan).values()
+    view.fill_(7.0)
+    arena.release()
+    assert (view == 7.0).all()
+    with pytest.raises(ForeloadError, match="closed"):
+        arena.tensors(1, plan)
+
+
+def test_the_memory_goes_with_its_last_view() -> None:
+    arena = SlotArena(2, ALIGNMENT)
+    views = arena.tensors(1, converted_plan((4, 8)))
+    mapping = weakref.ref(arena._map)
+    arena.release()
+    assert mapping() is not None
+    views.clear()
+    assert mapping() is None

@@ -20,6 +20,7 @@ from fakes import (
     mark_of,
 )
 from foreload.errors import CapacityError, ForeloadError, TransferError
+from foreload.memory.transfer import TransferState
 from foreload.types import ExpertKey, Lookup
 
 if TYPE_CHECKING:
@@ -282,6 +283,26 @@ class TestPrefetch:
         ]  # fmt: skip
         assert metrics.wasted_bytes == 8, "one piece of the one that was running"
 
+    def test_an_expert_arrives_from_its_first_piece_on(self, build: Any) -> None:
+        tiers, disk, _ = build(8, backend=SteppedBackend, pieces=2)
+        key, queued = ExpertKey(1, 0), ExpertKey(1, 1)
+        assert not tiers.is_arriving(key)
+        guess(tiers, *key)
+        disk.wait_begun()
+        guess(tiers, *queued)
+        assert tiers.is_arriving(key)
+        assert not tiers.is_ready(key)
+        assert not tiers.is_arriving(queued), "nothing of it is on its way yet"
+        transfer = tiers._open[key]
+        disk.let_all_go()
+        while transfer.state is not TransferState.DONE:
+            pass
+        assert tiers.is_arriving(key), "it has come, and nobody has booked it yet"
+        assert not tiers.is_ready(key)
+        finish(tiers.wait_idle)
+        assert tiers.is_ready(key)
+        assert tiers.is_arriving(key)
+
     def test_a_demand_is_never_called_off_by_the_truth(self, build: Any) -> None:
         tiers, disk, _ = build(8, backend=SteppedBackend)
         tiers.demand(1, [0])
@@ -409,6 +430,45 @@ class TestNotKeeping:
         take(tiers, 1, [0])
         assert tiers.cache.keys() == []
         assert metrics.num_hits == 1
+
+    def test_wrong_guesses_leave_when_their_layer_is_reached(self, build: Any) -> None:
+        tiers, _, metrics = build(8, keep=False)
+        guess(tiers, 1, 0)
+        guess(tiers, 2, 3)
+        finish(tiers.wait_idle)
+        take(tiers, 1, [4])
+        assert tiers.cache.keys() == [ExpertKey(2, 3)]
+        assert metrics.wasted_bytes > 0
+        take(tiers, 1, [0])
+        assert metrics.num_hits == 0, "what was guessed for a token serves no later one"
+
+
+class TestLayerwise:
+    @pytest.mark.parametrize("is_layerwise", [False, True])
+    def test_residents_wait_for_what_is_on_its_way(
+        self, build: Any, monkeypatch: pytest.MonkeyPatch, is_layerwise: bool
+    ) -> None:
+        tiers, disk, _ = build(8, backend=SteppedBackend)
+        disk.let_go()
+        take(tiers, 0, [1])
+        tiers.is_layerwise = is_layerwise
+        events: list[object] = []
+        wait_news = tiers.wait_news
+
+        def wait() -> None:
+            events.append("wait")
+            disk.let_all_go()
+            wait_news()
+
+        monkeypatch.setattr(tiers, "wait_news", wait)
+        for key, _ in tiers.demand(0, [1, 2]):
+            events.append(key.expert)
+        assert events == (["wait", 1, 2] if is_layerwise else [1, "wait", 2])
+
+    def test_what_does_not_fit_at_once_comes_all_the_same(self, build: Any) -> None:
+        tiers, _, _ = build(3)
+        tiers.is_layerwise = True
+        assert sorted(take(tiers, 0, [0, 1, 2, 3, 4, 5])) == [0, 1, 2, 3, 4, 5]
 
 
 class TestFlush:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +10,8 @@ from foreload.predict.lookahead import (
     DefaultVectors,
     Lookahead,
     default_vector_estimate,
-    rank_experts,
 )
-from foreload.types import RouterOutput, RoutingEvent
+from foreload.types import RouterOutput, Routing, RoutingEvent
 
 EXPERTS, HIDDEN, TOP_K = 6, 4, 2
 
@@ -39,10 +36,6 @@ def event(layer: int, num_tokens: int = 1, *, is_seen: bool = True) -> RoutingEv
     residual = torch.randn(num_tokens, HIDDEN, generator=generator) if is_seen else None
     index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(num_tokens)])
     return RoutingEvent(0, layer, residual, index, torch.full((num_tokens, TOP_K), 0.5))
-
-
-def output(index: Any, logits: Any = None) -> RouterOutput:
-    return RouterOutput(torch.tensor(index), None, None if logits is None else torch.tensor(logits))
 
 
 class TestLookahead:
@@ -91,6 +84,24 @@ class TestLookahead:
         assert set(guess.experts) == set(chosen)
         assert guess.num_expected == len(set(chosen))
 
+    @pytest.mark.parametrize("num_tokens", [1, 3])
+    def test_a_guess_has_what_the_router_would_have_the_experts_called_with(
+        self, num_tokens: int
+    ) -> None:
+        seen, router = event(0, num_tokens), Router(1)
+        (guess,) = Lookahead([Router(0), router], num_extra=2).predict(seen)
+        answer = router(seen.residual)
+        assert torch.equal(guess.routing.top_k_index, answer.top_k_index)
+        assert torch.equal(guess.routing.top_k_weights, answer.top_k_weights)
+
+    def test_a_router_that_gives_no_weights_names_experts_only(self) -> None:
+        router = Router(1)
+        (guess,) = Lookahead(
+            [Router(0), lambda residual: router(residual)._replace(top_k_weights=None)]
+        ).predict(event(0))
+        assert guess.routing is None
+        assert len(guess.experts) == TOP_K
+
 
 class TestDefaultVectors:
     def test_the_estimate_is_the_weighted_sum_of_the_experts_vectors(self) -> None:
@@ -126,61 +137,24 @@ class TestDefaultVectors:
     def test_layers_without_vectors_are_predicted_from_the_residual(self) -> None:
         seen = event(0)
         plain, routers = [Router(0), Router(1)], [Router(0), Router(1)]
-        assert DefaultVectors(routers, [None, None]).predict(seen) == Lookahead(plain).predict(seen)
+        (own,) = DefaultVectors(routers, [None, None]).predict(seen)
+        (other,) = Lookahead(plain).predict(seen)
+        assert own._replace(routing=None) == other._replace(routing=None)
+        assert torch.equal(own.routing.top_k_weights, other.routing.top_k_weights)
+
+    def test_the_estimate_is_of_the_experts_that_are_executed(self) -> None:
+        routers = [Router(0), Router(1)]
+        vectors = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(5))
+        executed = Routing(torch.tensor([[4, 1]]), torch.tensor([[0.9, 0.1]]))
+        seen = event(0)._replace(executed=executed)
+        DefaultVectors(routers, [vectors, None]).predict(seen)
+        stream = seen.residual + default_vector_estimate(*executed, vectors)
+        assert torch.equal(routers[1].asked[0], stream)
 
     def test_without_a_residual_nothing_is_said(self) -> None:
         vectors = [torch.ones(EXPERTS, HIDDEN)] * 2
         routers = [Router(0), Router(1)]
         assert DefaultVectors(routers, vectors).predict(event(0, is_seen=False)) == []
-
-
-class TestRanking:
-    def test_one_tokens_choice_goes_first_then_the_best_of_the_rest(self) -> None:
-        logits = [[0.0, 4.0, 1.0, 3.0, -1.0]]
-        ranked, _, expected = rank_experts(output([[3, 1]], logits), 2)
-        assert (ranked, expected) == ((1, 3, 2, 0), 2)
-
-    def test_confidence_is_the_distance_from_the_line_between_chosen_and_not(self) -> None:
-        logits = torch.tensor([[0.0, 4.0, 1.0, 3.0, -1.0]])
-        _, confidence, _ = rank_experts(output([[1, 3]], logits.tolist()), 3)
-        line = (3.0 + 1.0) / 2
-        wanted = (torch.tensor([4.0, 3.0, 1.0, 0.0, -1.0]) - line) / logits.std()
-        assert confidence == pytest.approx(wanted.tolist(), rel=1e-5)
-
-    def test_the_sign_of_confidence_follows_the_choice_where_logits_disagree(self) -> None:
-        logits = [[0.9, 0.1, 0.8, 0.7]]  # routers with biases or groups choose otherwise
-        ranked, confidence, expected = rank_experts(output([[1, 3]], logits), 2)
-        assert (ranked, expected) == ((3, 1, 0, 2), 2)
-        assert min(confidence[:2]) > 0 > max(confidence[2:])
-
-    def test_there_are_no_more_extras_than_experts(self) -> None:
-        ranked, confidence, expected = rank_experts(output([[1, 0]], [[0.1, 0.2, 0.3]]), 10)
-        assert (sorted(ranked), expected) == ([0, 1, 2], 2)
-        assert len(confidence) == 3
-
-    def test_every_expert_chosen_leaves_nobody_to_compare_with(self) -> None:
-        ranked, confidence, expected = rank_experts(output([[1, 0]], [[0.1, 0.2]]), 1)
-        assert (ranked, expected) == ((1, 0), 2)
-        assert min(confidence) > 0
-
-    def test_without_logits_there_are_no_extras(self) -> None:
-        ranked, confidence, expected = rank_experts(output([[4, 1]]), 3)
-        assert (ranked, expected) == ((4, 1), 2)
-        assert min(confidence) > 0
-
-    def test_several_tokens_rank_by_how_many_want_an_expert(self) -> None:
-        ranked, confidence, expected = rank_experts(output([[5, 1], [2, 5], [2, 5]]), 3)
-        assert (ranked, expected) == ((5, 2, 1), 3)
-        assert confidence == pytest.approx((1.0, 2 / 3, 1 / 3))
-
-    @pytest.mark.parametrize("shape", [(1, 2), (1, 1, 2)])
-    def test_batch_dimensions_do_not_matter(self, shape: tuple[int, ...]) -> None:
-        index = torch.tensor([3, 0]).view(shape)
-        logits = torch.tensor([2.0, 0.0, 1.0, 5.0]).view(*shape[:-1], 4)
-        flat = RouterOutput(index.view(1, 2), None, logits.view(1, 4))
-        ranked = rank_experts(RouterOutput(index, None, logits), 1)
-        assert ranked == rank_experts(flat, 1)
-        assert ranked[0] == (3, 0, 2)
 
 
 def test_the_names_are_those_of_the_settings() -> None:

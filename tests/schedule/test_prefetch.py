@@ -1,4 +1,4 @@
-"""Odds follow what came true, and prefetching goes off exactly while it loses."""
+"""Odds follow what came true, guesses worth it are copied, and prefetching goes off at a loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from foreload.schedule.prefetch import GuessOdds, PrefetchSwitch
+from foreload.metrics import Metrics
+from foreload.schedule.prefetch import GuessOdds, Prefetcher, PrefetchSwitch
+from foreload.types import ExpertKey, Prediction
 
 
 class TestGuessOdds:
@@ -55,6 +57,133 @@ class TestGuessOdds:
         for _ in range(400):
             odds.learn(1, True, 0.05, was_right=False)
         assert odds.get(1, True, 0.14) < 0.01
+
+
+class Shelf:
+    """A target that remembers what it was asked to bring, and brings it at once."""
+
+    def __init__(self, *present: tuple[int, int]) -> None:
+        self.present = set(present)
+        self.refused: set[tuple[int, int]] = set()
+        self.begun: list[tuple[int, int]] = []
+        self.waits: dict[tuple[int, int], float] = {}
+        self.orders: dict[tuple[int, int], float] = {}
+        self.num_open_prefetches = 0
+
+    def is_absent(self, key: ExpertKey) -> bool:
+        return key not in self.present
+
+    def prefetch(self, key: ExpertKey, *, expected_wait: float, order: float) -> bool:
+        if key in self.refused:
+            return False
+        self.begun.append(tuple(key))
+        self.present.add(key)
+        self.waits[key], self.orders[key] = expected_wait, order
+        return True
+
+
+class PrefetcherBench:
+    """Four layers; a step's number is counted as the runtime counts it."""
+
+    def __init__(self, *present: tuple[int, int], max_prefetches: int = 8) -> None:
+        self.shelf = Shelf(*present)
+        self.metrics = Metrics(num_steps=1)
+        self.prefetcher = Prefetcher(
+            self.shelf, self.metrics, num_layers=4, max_prefetches=max_prefetches
+        )
+
+    def guess(self, *guesses: Prediction, is_single: bool = True) -> list[tuple[int, int]]:
+        before = len(self.shelf.begun)
+        self.prefetcher.prefetch(guesses, is_single=is_single)
+        return self.shelf.begun[before:]
+
+
+def sure(layer: int, distance: int, *experts: int) -> Prediction:
+    return Prediction(layer, distance, experts, (math.inf,) * len(experts), len(experts))
+
+
+def hunch(layer: int, confidence: float, *experts: int) -> Prediction:
+    return Prediction(layer, 1, experts, (confidence,) * len(experts), len(experts))
+
+
+class TestPrefetcher:
+    def test_absent_guesses_are_begun_in_their_order(self) -> None:
+        bench = PrefetcherBench((1, 5))
+        assert bench.guess(sure(1, 1, 4, 5, 6), sure(2, 2, 4)) == [(1, 4), (1, 6), (2, 4)]
+
+    def test_what_is_open_already_leaves_less_room(self) -> None:
+        bench = PrefetcherBench(max_prefetches=4)
+        bench.shelf.num_open_prefetches = 2
+        assert bench.guess(sure(1, 1, 4, 5, 6), sure(2, 2, 4)) == [(1, 4), (1, 5)]
+
+    def test_what_would_not_pay_takes_no_room(self) -> None:
+        bench = PrefetcherBench(max_prefetches=2)
+        bench.shelf.refused = {(1, 4), (1, 5)}
+        assert bench.guess(sure(1, 1, 4, 5, 6, 7, 0)) == [(1, 6), (1, 7)]
+
+    def test_unlikely_guesses_are_left_out_and_learned_from(self) -> None:
+        bench = PrefetcherBench()
+        assert bench.guess(hunch(1, -0.2, 3)) == []
+        for _ in range(60):
+            bench.prefetcher.score(1, [3])
+            bench.guess(hunch(1, -0.2, 3))
+        assert bench.shelf.begun == [(1, 3)]
+
+    def test_residents_teach_nothing(self) -> None:
+        bench = PrefetcherBench((1, 3))
+        for _ in range(60):
+            bench.guess(hunch(1, -0.2, 3))
+            bench.prefetcher.score(1, [3])
+        bench.shelf.present.clear()
+        assert bench.guess(hunch(1, -0.2, 3)) == []
+
+    def test_nearer_and_likelier_goes_first_and_waits_less(self) -> None:
+        bench = PrefetcherBench()
+        bench.guess(hunch(1, 2.0, 3), hunch(1, 0.2, 4), sure(2, 2, 5))
+        shelf = bench.shelf
+        assert shelf.orders[1, 3] < shelf.orders[1, 4] < shelf.orders[2, 5]
+        assert shelf.waits[1, 3] < shelf.waits[1, 4]
+        assert shelf.waits[2, 5] == pytest.approx(2 / 4)
+
+    def test_the_next_steps_guesses_go_after_this_steps(self) -> None:
+        bench = PrefetcherBench()
+        bench.guess(sure(3, 1, 5))
+        bench.metrics.num_steps += 1
+        bench.guess(sure(0, 1, 5))
+        assert bench.shelf.orders[3, 5] < bench.shelf.orders[0, 5]
+
+    def test_recall_counts_as_many_guesses_as_were_wanted(self) -> None:
+        bench = PrefetcherBench()
+        bench.guess(sure(1, 1, 6, 4, 5), sure(2, 2, 7))
+        bench.prefetcher.score(1, [5, 6])
+        assert bench.metrics.num_predicted == {(1, 1): 2}
+        assert bench.metrics.num_predicted_right == {(1, 1): 1}
+        bench.prefetcher.score(1, [5, 6])
+        assert bench.metrics.num_predicted == {(1, 1): 2}, "a guess is scored once"
+
+    def test_a_new_step_forgets_the_layers_it_will_not_score(self) -> None:
+        bench = PrefetcherBench()
+        bench.guess(sure(0, 1, 3), sure(2, 3, 3))
+        bench.prefetcher.begin_step(0)
+        bench.prefetcher.score(0, [3])
+        bench.prefetcher.score(2, [3])
+        assert bench.metrics.num_predicted == {(0, 1): 1}
+
+    def test_what_will_be_executed_is_begun_whatever_its_odds_and_the_cap(self) -> None:
+        bench = PrefetcherBench((1, 4), max_prefetches=1)
+        guess = hunch(1, -3.0, 3, 4, 5, 6)
+        bench.prefetcher.commit(guess, guess.experts[:3], is_single=True)
+        assert bench.shelf.begun == [(1, 3), (1, 5)]
+        assert set(bench.shelf.waits.values()) == {1 / 4}
+        bench.prefetcher.score(1, [3, 6])
+        assert bench.metrics.recall_at_n == {1: {1: 0.5}}
+
+    def test_what_will_be_executed_teaches_no_odds(self) -> None:
+        bench = PrefetcherBench()
+        for _ in range(60):
+            bench.prefetcher.commit(hunch(1, -0.2, 3), [3], is_single=True)
+            bench.prefetcher.score(1, [3])
+        assert bench.guess(hunch(1, -0.2, 4)) == []
 
 
 class Clockwork:

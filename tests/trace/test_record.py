@@ -1,4 +1,4 @@
-"""A trace holds what every layer of every forward demanded, in order."""
+"""A trace holds what every layer of every forward demanded, in order, and what was guessed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreload.trace.record import LayerVisit, RoutingRecorder
-from foreload.types import RoutingEvent
+from foreload.types import Prediction, Routing, RoutingEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +49,44 @@ def test_placeholders_are_no_experts() -> None:
     recorder = RoutingRecorder(1, 8)
     visit(recorder, 0, [[2, 8], [8, 8]])
     assert recorder.trace.steps == [[LayerVisit((2,), (1,), 2, ((2, 8), (8, 8)))]]
+
+
+def test_weights_and_single_tokens_are_kept_where_asked_for() -> None:
+    recorder = RoutingRecorder(1, 8, with_weights=True)
+    weights = torch.tensor([[0.75, 0.25]])
+    recorder(RoutingEvent(0, 0, None, torch.tensor([[5, 1]]), weights), [1, 5])
+    assert recorder.trace.steps == [[LayerVisit((1, 5), (1, 1), 1, ((5, 1),), ((0.75, 0.25),))]]
+
+
+def test_what_a_policy_executed_is_what_was_demanded() -> None:
+    recorder = RoutingRecorder(1, 8, with_weights=True)
+    executed = Routing(torch.tensor([[2, 3]]), torch.tensor([[0.5, 0.5]]))
+    event = RoutingEvent(0, 0, None, torch.tensor([[5, 1]]), torch.ones(1, 2), executed)
+    recorder(event, [2, 3])
+    assert recorder.trace.steps == [[LayerVisit((2, 3), (1, 1), 1, ((2, 3),), ((0.5, 0.5),))]]
+
+
+def test_predictions_belong_to_the_visit_they_were_made_at() -> None:
+    recorder = RoutingRecorder(2, 8)
+    event = RoutingEvent(0, 0, None, torch.tensor([[5, 1]]), torch.ones(1, 2))
+    guess = Prediction(1, 1, (3,), (0.5,), 1, Routing(torch.ones(1, 1), torch.ones(1, 1)))
+    recorder(event, [1, 5])
+    recorder.see_predictions(event, [guess])
+    visit(recorder, 1, [[3, 4]])
+    first, second = recorder.trace.steps[0]
+    assert first.predictions == (guess._replace(routing=None),)
+    assert second.predictions == ()
+
+
+def test_prefills_are_marked_and_can_be_left_out() -> None:
+    recorder = RoutingRecorder(1, 8)
+    for is_prefill, experts in ((True, [[1], [2]]), (False, [[3]]), (False, [[4]])):
+        recorder.is_prefill = is_prefill
+        visit(recorder, 0, experts)
+    trace = recorder.trace
+    assert [trace.is_prefill(step) for step in range(3)] == [True, False, False]
+    assert trace.decode_part().demands() == [[(3,)], [(4,)]]
+    assert len(trace.steps) == 3
 
 
 def test_an_engine_records_every_layer_of_every_forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,13 @@ def test_earlier_steps_fill_the_cache_and_are_not_counted() -> None:
     assert replay(trace, 3, "lru", count_from=1) == ReplayCounts(3, 4)
     assert replay(trace, 3, "lru", count_from=3) == ReplayCounts(0, 0)
     assert replay(trace, 3, "lru", count_from=3).hit_rate == 0.0
+
+
+def test_prefills_fill_the_cache_and_are_never_counted() -> None:
+    trace = make_trace([[(0, 1)], [(0, 2)], [(0, 1)]])
+    trace.steps[0] = [replace(visit, is_prefill=True) for visit in trace.steps[0]]
+    for policy in (*POLICIES, "belady"):
+        assert replay(trace, 3, policy) == replay(trace, 3, policy, count_from=1)
 
 
 def test_layers_share_the_slots() -> None:

@@ -1,11 +1,13 @@
 """Runs one arm over one workload and takes its measures; every trial's logits are compared.
 
-An arm whose logits differ from transformers' eager experts by a single bit has no time.
+An exact arm whose logits differ from transformers' eager experts by a single bit has no time; of a
+lossy arm that holds for the prompt, and what its other logits are worth stands beside its time.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,9 @@ import torch
 
 from foreload.config import EngineConfig
 from foreload.engine import Engine, resolve
+from foreload.evaluate import compare_logits
 from foreload.model.kv_cache import make_kv_cache
+from foreload.predict.estimator import Estimator
 from foreload.predict.oracle import Oracle
 from foreload.trace.record import RoutingRecorder
 
@@ -51,6 +55,10 @@ class Arm:
         implementation: For transformers itself: its experts implementation.
         is_resident: Whether it gets the memory of all experts, whatever the budget.
         is_oracle: Whether predictions are replayed from the workload's own trace.
+        is_pure: Whether its estimator speaks for every layer, even where another predictor was
+            measured to be better.
+        is_layerwise: Whether a layer is computed when all its experts have arrived, instead of each
+            expert as it arrives.
     """
 
     name: str
@@ -58,11 +66,30 @@ class Arm:
     implementation: str | None = None
     is_resident: bool = False
     is_oracle: bool = False
+    is_pure: bool = False
+    is_layerwise: bool = False
+
+    @property
+    def is_lossy(self) -> bool:
+        """Tell whether it may execute other experts than the true router's."""
+        policy: str = (self.settings or {}).get("policy", "exact")
+        return policy != "exact"
 
 
 @dataclass(slots=True, kw_only=True)
 class Sample:
-    """One arm, one budget, one trial. Times in seconds, bytes per decoded token."""
+    """One arm, one context, one budget, one trial. Times in seconds, bytes per decoded token.
+
+    Attributes:
+        context: Tokens of the prompt.
+        is_equal: Whether the logits are the reference's bit for bit; of a lossy arm, those of the
+            prompt, which no policy changes.
+        is_lossy: Whether the arm may execute other experts than the true router's.
+        is_layerwise: Whether it computes whole layers, see `Arm`.
+        eviction: Eviction policy; empty for transformers itself.
+        quality: Of a lossy arm, for each decoded token that another follows, what
+            `evaluate.TokenQuality` has.
+    """
 
     arm: str
     budget: float
@@ -71,7 +98,11 @@ class Sample:
     prefill_s: float
     step_s: list[float]
     is_equal: bool
+    context: int = 0
     is_resident: bool = False
+    is_lossy: bool = False
+    is_layerwise: bool = False
+    eviction: str = ""
     hit_rate: float | None = None
     late_rate: float | None = None
     bytes_per_token: float = 0.0
@@ -81,6 +112,8 @@ class Sample:
     prefetch_precision: float | None = None
     num_slots: int = 0
     recall_at_n: dict[int, dict[int, float]] = field(default_factory=dict)
+    speculated_fraction: float = 0.0
+    quality: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the sample as JSON-ready values."""
@@ -136,13 +169,14 @@ def run_engine_arm(
         workload: What to decode.
         budget: Share of all experts' bytes.
         trial: Number of the trial.
-        cache_dir: Where calibrations lie.
+        cache_dir: Where calibrations and estimators lie.
         trace: The workload's routing, for oracle arms.
-        reference: Logits the arm must reproduce bit for bit, (1 + decoded, V).
+        reference: Logits an exact arm must reproduce bit for bit, and a lossy one is judged by,
+            (1 + decoded, V).
         with_timeline: Whether to keep the decode's spans.
 
     Returns:
-        The sample, the raw run, the routing of this run, and its timeline.
+        The sample, the raw run, the routing of this run (empty for a lossy arm), and its timeline.
     """
     memory = "100%" if arm.is_resident else f"{budget * 100:g}%"
     settings = {"expert_memory": memory, **(arm.settings or {})}
@@ -155,13 +189,20 @@ def run_engine_arm(
     with engine:
         if arm.is_resident:
             _load_all(engine)
-        engine.runtime.on_routing = recorder
+        engine.tiers.is_layerwise = arm.is_layerwise
+        predictor = engine.runtime.predictor
+        if arm.is_pure and isinstance(predictor, Estimator):
+            engine.runtime.predictor = predictor.make_pure()
+        if not arm.is_lossy:
+            engine.runtime.on_routing = recorder
         marks: list[Metrics] = []
 
         def forward(ids: Tensor, kv_cache: Any) -> Tensor:
             marks.append(engine.metrics.snapshot())
-            engine.timeline.is_on = with_timeline and len(marks) > 1
-            return engine.forward(ids, kv_cache)
+            is_prompt = len(marks) == 1
+            engine.timeline.is_on = with_timeline and not is_prompt
+            with engine.runtime.prefilling() if is_prompt else nullcontext():
+                return engine.forward(ids, kv_cache)
 
         run = run_forced(forward, workload, engine.make_cache())
         # The first forward is the prefill, however short the prompt.
@@ -174,8 +215,12 @@ def run_engine_arm(
             tpot_s=sum(run.step_s) / tokens,
             prefill_s=run.prefill_s,
             step_s=run.step_s,
-            is_equal=reference is None or torch.equal(run.logits, reference),
+            is_equal=_is_equal(run, reference, arm),
+            context=workload.num_prompt_tokens,
             is_resident=arm.is_resident,
+            is_lossy=arm.is_lossy,
+            is_layerwise=arm.is_layerwise,
+            eviction=config.eviction,
             hit_rate=counted.hit_rate,
             late_rate=counted.late_rate,
             bytes_per_token=counted.bytes_moved / tokens,
@@ -185,7 +230,10 @@ def run_engine_arm(
             prefetch_precision=counted.prefetch_precision,
             num_slots=engine.tiers.num_slots,
             recall_at_n=counted.recall_at_n,
+            speculated_fraction=counted.speculated_fraction,
         )
+        if arm.is_lossy and reference is not None:
+            sample.quality = _judge(run, reference, workload)
         engine.timeline.is_on = False
         return sample, run, recorder.trace, engine.timeline
 
@@ -223,9 +271,25 @@ def run_stock_arm(
         prefill_s=run.prefill_s,
         step_s=run.step_s,
         is_equal=is_equal,
+        context=workload.num_prompt_tokens,
         is_resident=True,
     )
     return sample, run
+
+
+def _is_equal(run: ForcedRun, reference: Tensor | None, arm: Arm) -> bool:
+    if reference is None:
+        return True
+    compared = 1 if arm.is_lossy else len(reference)
+    return torch.equal(run.logits[:compared], reference[:compared])
+
+
+def _judge(run: ForcedRun, reference: Tensor, workload: Workload) -> dict[str, list[float]]:
+    """Compare a lossy arm's logits with the exact ones, where the text says what follows."""
+    following = workload.token_ids[workload.num_prompt_tokens + 1 :]
+    next_ids = torch.tensor(following, dtype=torch.int64)
+    quality = compare_logits(reference[1:-1], run.logits[1:-1], next_ids)
+    return {name: values.tolist() for name, values in quality._asdict().items()}
 
 
 def _is_close(logits: Tensor, reference: Tensor) -> bool:

@@ -6,7 +6,7 @@ import itertools
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from foreload.bench.report import belady_limit_s, wire_limit_s
+from foreload.bench.report import belady_limit_s, by_place, wire_limit_s
 from foreload.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
     from foreload.bench.report import BudgetLimits
     from foreload.metrics import Timeline
 
-__all__ = ["plot_timeline", "plot_tpot"]
+__all__ = ["make_figure", "plot_timeline", "plot_tpot", "save_figure"]
 
 _LANES = {"disk": "#4878a8", "compute": "#6a9f58", "stall": "#c44e52"}
 
 
 def plot_tpot(samples: Sequence[Sample], limits: Sequence[BudgetLimits], output: Path) -> None:
-    """Draw one figure per budget: every arm's TPOT, its range, and both limits."""
-    for budget in sorted({limit.budget for limit in limits}):
-        here = [limit for limit in limits if limit.budget == budget]
-        own = [s for s in samples if s.is_resident or s.budget == budget]
+    """Draw one figure per budget and context: every arm's TPOT, its range, and both limits."""
+    places = by_place(limits)
+    contexts = {context for context, _ in places}
+    for (context, budget), here in places.items():
+        at = [s for s in samples if s.context == context]
+        own = [s for s in at if s.is_resident or s.budget == budget]
         wrong = {sample.arm for sample in own if not sample.is_equal}
         names = [name for name in dict.fromkeys(s.arm for s in own) if name not in wrong]
         times = [[s.tpot_s * 1e3 for s in own if s.arm == name] for name in names]
         middle = [statistics.median(values) for values in times]
-        figure, axes = _figure(8, 0.5 + 0.4 * len(names))
+        figure, axes = make_figure(8, 0.5 + 0.4 * len(names))
         low = [m - min(v) for m, v in zip(middle, times, strict=True)]
         high = [max(v) - m for m, v in zip(middle, times, strict=True)]
         axes.barh(names, middle, xerr=[low, high], color="#8fb0d0", ecolor="#444444", capsize=3)
@@ -44,7 +46,8 @@ def plot_tpot(samples: Sequence[Sample], limits: Sequence[BudgetLimits], output:
         axes.set_xlabel("ms per token (median, range over trials)")
         axes.set_title(f"{budget:.0%} of the experts' memory")
         axes.legend(loc="lower right", fontsize=8)
-        _save(figure, output / f"tpot-{budget * 100:.0f}.png")
+        name = f"tpot-{budget * 100:.0f}" + f"-{context}" * (len(contexts) > 1)
+        save_figure(figure, output / f"{name}.png")
 
 
 def plot_timeline(timeline: Timeline, step_s: Sequence[float], path: Path, *, title: str) -> None:
@@ -60,7 +63,7 @@ def plot_timeline(timeline: Timeline, step_s: Sequence[float], path: Path, *, ti
     if not spans:
         return
     begin, end = _typical_step(timeline, step_s)
-    figure, axes = _figure(9, 2.2)
+    figure, axes = make_figure(9, 2.2)
     for row, (lane, colour) in enumerate(_LANES.items()):
         bars = [
             (
@@ -75,7 +78,7 @@ def plot_timeline(timeline: Timeline, step_s: Sequence[float], path: Path, *, ti
     axes.set_xlim(0, (end - begin) * 1e3)
     axes.set_xlabel("ms")
     axes.set_title(f"one token: {title}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _typical_step(timeline: Timeline, step_s: Sequence[float]) -> tuple[float, float]:
@@ -95,7 +98,12 @@ def _typical_step(timeline: Timeline, step_s: Sequence[float]) -> tuple[float, f
     return starts[best], starts[best + 1]
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def make_figure(width: float, height: float) -> tuple[Any, Any]:
+    """Make a figure with axes, inches wide and high.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -104,5 +112,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, the same bytes for the same figure."""
     figure.savefig(path, dpi=110, metadata={"Software": None})

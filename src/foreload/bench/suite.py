@@ -1,7 +1,8 @@
-"""The engine suite: interleaved arms at several budgets, beside their limits.
+"""Runs a suite: interleaved arms at several budgets and contexts, beside their limits.
 
 Order of a trial: the reference logits (transformers, eager), the bandwidth, every arm. An arm whose
-logits are not the reference's has its sample kept and no time printed.
+logits are not what they must be has its sample kept and no time printed. Here is what all suites
+share, and the engine suite.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from foreload.bench.measure import (
     run_stock_arm,
 )
 from foreload.bench.plots import plot_timeline, plot_tpot
-from foreload.bench.report import BudgetLimits, summarise
+from foreload.bench.report import BudgetLimits, label_arm, summarise
 from foreload.bench.workload import make_workloads
 from foreload.config import EngineConfig
 from foreload.engine import Engine, default_cache_dir, resolve
@@ -27,10 +28,11 @@ from foreload.errors import ConfigError
 from foreload.model.hf import load_model, load_tokenizer
 from foreload.model.source import resolve_model
 from foreload.predict.calibration import calibration_path
+from foreload.predict.estimator import estimator_path
 from foreload.trace.replay import replay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -39,8 +41,41 @@ if TYPE_CHECKING:
     from foreload.model.hf import LoadedModel
     from foreload.trace.record import RoutingTrace
 
-__all__ = ["ENGINE_ARMS", "SuiteOptions", "run_suite"]
+    Summarise = Callable[[dict[str, Any], Sequence[Sample], Sequence[BudgetLimits]], str]
+    Plot = Callable[[Sequence[Sample], Sequence[BudgetLimits], Path], None]
 
+__all__ = ["ENGINE_ARMS", "ENGINE_SUITE", "Suite", "SuiteOptions", "SuiteResult", "run_suite"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """What is run, and how its results are told.
+
+    Attributes:
+        name: As the command calls it.
+        arms: Ways to run the model, at every budget and context. Beside them "all-resident" always
+            runs.
+        stock_arms: Ways to run transformers itself; the first gives the reference logits.
+        budgets: Shares of all experts' bytes, unless others are asked for.
+        contexts: Prompt lengths, unless others are asked for.
+        summarise: Writes the Markdown summary.
+        plot: Draws the figures into a folder.
+    """
+
+    name: str
+    arms: tuple[Arm, ...]
+    stock_arms: tuple[Arm, ...]
+    budgets: tuple[float, ...]
+    contexts: tuple[int, ...]
+    summarise: Summarise
+    plot: Plot
+
+
+RESIDENT = Arm("all-resident", {"predictor": "none"}, is_resident=True)
+STOCK_ARMS = tuple(
+    Arm(f"transformers {name}", implementation=name)
+    for name in ("eager", "grouped_mm", "batched_mm")
+)
 ENGINE_ARMS: tuple[Arm, ...] = (
     Arm("on-demand", {"predictor": "none", "eviction": "none"}),
     Arm("lru", {"predictor": "none", "eviction": "lru"}),
@@ -50,24 +85,28 @@ ENGINE_ARMS: tuple[Arm, ...] = (
     Arm("auto", {"predictor": "auto"}),
     Arm("oracle", {"predictor": "none"}, is_oracle=True),
 )
-RESIDENT = Arm("all-resident", {"predictor": "none"}, is_resident=True)
-STOCK_ARMS = tuple(
-    Arm(f"transformers {name}", implementation=name)
-    for name in ("eager", "grouped_mm", "batched_mm")
+ENGINE_SUITE = Suite(
+    name="engine",
+    arms=ENGINE_ARMS,
+    stock_arms=STOCK_ARMS,
+    budgets=(0.1, 0.25, 0.5, 0.75),
+    contexts=(100,),
+    summarise=summarise,
+    plot=plot_tpot,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteOptions:
-    """What to run.
+    """What of a suite to run, on what.
 
     Attributes:
         model: Checkpoint.
         text: Held-out text file to decode; None takes the demo's.
-        arms: Names to run; None for all. "all-resident" always runs.
-        budgets: Shares of all experts' bytes.
+        arms: Names to run; None for all that can.
+        budgets: Shares of all experts' bytes; None for the suite's.
+        contexts: Prompt lengths; None for the suite's. The decoded tokens are the same at each.
         num_trials: Trials, each on its own window of text.
-        num_prompt_tokens: Prompt length.
         num_decode_tokens: Tokens decoded one at a time.
         dtype: Element type.
         with_stock: Whether transformers itself runs too; it needs memory for all experts.
@@ -78,9 +117,9 @@ class SuiteOptions:
     model: str = "demo"
     text: Path | None = None
     arms: tuple[str, ...] | None = None
-    budgets: tuple[float, ...] = (0.25,)
+    budgets: tuple[float, ...] | None = None
+    contexts: tuple[int, ...] | None = None
     num_trials: int = 5
-    num_prompt_tokens: int = 100
     num_decode_tokens: int = 64
     dtype: str = "auto"
     with_stock: bool = True
@@ -90,69 +129,121 @@ class SuiteOptions:
 
 @dataclass(slots=True)
 class SuiteResult:
-    """Everything a run measured."""
+    """Everything a run measured.
+
+    Attributes:
+        machine: What it was measured on.
+        left_out: Arms that could not run, with the reason.
+        samples: One per run of an arm.
+        limits: One per trial, context and budget.
+        summary: The tables.
+    """
 
     machine: dict[str, Any]
+    left_out: dict[str, str] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     limits: list[BudgetLimits] = field(default_factory=list)
     summary: str = ""
 
 
 def run_suite(
-    options: SuiteOptions, progress: Callable[[str, int, int], None] | None = None
+    options: SuiteOptions,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    suite: Suite = ENGINE_SUITE,
 ) -> SuiteResult:
-    """Run the suite and write its results.
+    """Run a suite and write its results.
 
     Args:
         options: What to run.
         progress: Called with (what, done, total) before each arm.
+        suite: Which suite.
 
     Raises:
-        ConfigError: An unknown arm, or too short a text.
+        ConfigError: An unknown arm, one that lacks what it needs, too short a text, or a context
+            that the model was not made for.
     """
-    _choose_arms(options)
-    suite = _Suite(options, progress)
-    for trial, workload in enumerate(suite.workloads):
-        suite.run_trial(trial, workload)
-    suite.result.summary = summarise(
-        suite.result.machine, suite.result.samples, suite.result.limits
-    )
+    _choose_arms(suite, options)
+    run = _SuiteRun(suite, options, progress)
+    for trial, workload in enumerate(run.workloads):
+        run.run_trial(trial, workload)
+    result = run.result
+    result.summary = suite.summarise(result.machine, result.samples, result.limits)
+    for name, reason in result.left_out.items():
+        result.summary += f"\nLeft out: {name}, which needs {reason}.\n"
     if options.output is not None:
-        _write(options.output, options, suite.result)
-    return suite.result
+        run.write(options.output)
+    return result
 
 
-class _Suite:
+class _SuiteRun:
     """The model, the arms and what has been measured so far."""
 
     def __init__(
-        self, options: SuiteOptions, progress: Callable[[str, int, int], None] | None
+        self,
+        suite: Suite,
+        options: SuiteOptions,
+        progress: Callable[[str, int, int], None] | None,
     ) -> None:
         directory = resolve_model(options.model)
+        self._suite = suite
         self._options = options
         self._progress = progress
+        self._budgets = options.budgets or suite.budgets
+        self._contexts = options.contexts or suite.contexts
         self._loaded = load_model(directory, dtype=options.dtype)
         self._cache_dir = default_cache_dir()
-        self._arms = self._available_arms()
+        self.result = SuiteResult(machine=describe_machine(self._loaded, options.model))
+        self._check_contexts()
+        self.arms = self._available_arms()
         self._stock = _load_stock(directory, self._loaded) if options.with_stock else None
         tokenizer = load_tokenizer(directory)
         self.workloads = make_workloads(
             tokenizer,
             "" if tokenizer is None else _read_text(options),
             num_workloads=options.num_trials,
-            num_prompt_tokens=options.num_prompt_tokens,
+            num_prompt_tokens=max(self._contexts),
             num_decode_tokens=options.num_decode_tokens,
             vocab_size=self._loaded.model.get_input_embeddings().weight.shape[0],
             seed=options.seed,
         )
-        self.result = SuiteResult(machine=describe_machine(self._loaded, options.model))
         self._done = 0
-        self._total = options.num_trials * (1 + len(options.budgets) * len(self._arms))
+        runs = len(self._contexts) * (1 + len(self._budgets) * len(self.arms))
+        self._total = options.num_trials * runs
 
     def run_trial(self, trial: int, workload: Workload) -> None:
-        """Run every arm at every budget on one window of text."""
+        """Run every arm at every context and budget on one window of text."""
+        for number, context in enumerate(self._contexts):
+            # Another order each time: no arm always follows the same neighbour.
+            turn = (trial * len(self._contexts) + number) % max(len(self.arms), 1)
+            arms = self.arms[turn:] + self.arms[:turn]
+            self._run_context(trial, workload.shortened(context), arms)
+
+    def write(self, output: Path) -> None:
+        """Write what was measured, and draw the figures."""
+        output.mkdir(parents=True, exist_ok=True)
+        result, options = self.result, self._options
+        (output / "machine.json").write_text(json.dumps(result.machine, indent=1) + "\n")
+        config = {
+            "suite": self._suite.name,
+            **asdict(options),
+            "text": None if options.text is None else str(options.text),
+            "arms": [arm.name for arm in self.arms],
+            "budgets": self._budgets,
+            "contexts": self._contexts,
+            "output": None,
+        }
+        (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        lines = [json.dumps(sample.to_dict()) for sample in result.samples]
+        lines += [json.dumps({"limits": asdict(limits)}) for limits in result.limits]
+        (output / "samples.jsonl").write_text("\n".join(lines) + "\n")
+        (output / "summary.md").write_text(result.summary)
+        self._suite.plot(result.samples, result.limits, output)
+
+    def _run_context(self, trial: int, workload: Workload, arms: Sequence[Arm]) -> None:
         reference = self._run_stock(trial, workload)
-        self._tell(f"trial {trial + 1}: all resident")
+        place = f"trial {trial + 1}, {workload.num_prompt_tokens} tokens"
+        self._tell(f"{place}: all resident")
         sample, run, trace, _ = run_engine_arm(
             self._loaded,
             RESIDENT,
@@ -165,14 +256,10 @@ class _Suite:
         self.result.samples.append(sample)
         if reference is None:
             reference = run.logits
-        # Another order each trial: no arm always follows the same neighbour.
-        turn = trial % max(len(self._arms), 1)
-        for budget in self._options.budgets:
-            self.result.limits.append(
-                self._limits(trace, budget, trial, sample.tpot_s, workload.num_decode_tokens)
-            )
-            for arm in self._arms[turn:] + self._arms[:turn]:
-                self._tell(f"trial {trial + 1}: {arm.name} at {budget:.0%}")
+        for budget in self._budgets:
+            self.result.limits.append(self._limits(trace, budget, trial, sample.tpot_s, workload))
+            for arm in arms:
+                self._tell(f"{place}: {arm.name} at {budget:.0%}")
                 self._run_arm(arm, budget, trial, workload, trace, reference)
 
     def _run_arm(
@@ -185,7 +272,8 @@ class _Suite:
         reference: Tensor,
     ) -> None:
         output = self._options.output
-        drawn = output is not None and trial == 0
+        is_first = trial == 0 and workload.num_prompt_tokens == self._contexts[0]
+        drawn = output is not None and is_first
         sample, _, _, timeline = run_engine_arm(
             self._loaded,
             arm,
@@ -197,18 +285,21 @@ class _Suite:
             reference=reference,
             with_timeline=drawn,
         )
+        if self.result.machine["is_random"]:
+            sample.quality = {}
         self.result.samples.append(sample)
         if drawn and sample.is_equal and output is not None:
             output.mkdir(parents=True, exist_ok=True)
             name = f"timeline-{arm.name}-{budget * 100:.0f}.png"
-            plot_timeline(timeline, sample.step_s, output / name, title=f"{arm.name}, {budget:.0%}")
+            title = f"{label_arm(arm.name, [sample])}, {budget:.0%}"
+            plot_timeline(timeline, sample.step_s, output / name, title=title)
 
     def _run_stock(self, trial: int, workload: Workload) -> Tensor | None:
         """Run transformers itself; give the eager logits."""
         reference = None
         if self._stock is None:
             return None
-        for arm in STOCK_ARMS:
+        for arm in self._suite.stock_arms:
             sample, run = run_stock_arm(
                 self._stock, arm, workload, trial=trial, reference=reference
             )
@@ -218,7 +309,7 @@ class _Suite:
         return reference
 
     def _limits(
-        self, trace: RoutingTrace, budget: float, trial: int, compute_s: float, num_tokens: int
+        self, trace: RoutingTrace, budget: float, trial: int, compute_s: float, workload: Workload
     ) -> BudgetLimits:
         """Measure the bandwidth and replay the trace under every policy."""
         memory = f"{budget * 100:g}%"
@@ -228,9 +319,11 @@ class _Suite:
             slots = engine.tiers.num_slots
         names = ("none", "lru", "lfu", "least-stale", "next-use", "history", "belady")
         counts = {name: replay(trace, slots, name, count_from=1) for name in names}
+        num_tokens = workload.num_decode_tokens
         return BudgetLimits(
             budget=budget,
             trial=trial,
+            context=workload.num_prompt_tokens,
             num_slots=slots,
             bandwidth_bytes_s=bandwidth,
             compute_s=compute_s,
@@ -242,16 +335,44 @@ class _Suite:
         )
 
     def _available_arms(self) -> list[Arm]:
-        arms = _choose_arms(self._options)
-        calibration = calibration_path(self._cache_dir, self._loaded.spec.identity)
-        if calibration.is_file():
-            return arms
-        if self._options.arms and "default-vectors" in self._options.arms:
+        """Give the arms that can run; what was asked for by name must be able to."""
+        available = []
+        for arm in _choose_arms(self._suite, self._options):
+            missing = self._missing(arm)
+            if missing is None:
+                available.append(arm)
+                continue
+            needed, verb = missing
+            if self._options.arms:
+                raise ConfigError(
+                    f"the arm {arm.name} needs {needed}, and there is none",
+                    hint=f"run `foreload {verb} {self._options.model}` first",
+                )
+            self.result.left_out[arm.name] = f"{needed} (`foreload {verb}`)"
+        return available
+
+    def _missing(self, arm: Arm) -> tuple[str, str] | None:
+        """Tell what an arm needs that is not there, and which verb makes it."""
+        predictor = (arm.settings or {}).get("predictor")
+        identity = self._loaded.spec.identity
+        if predictor == "default-vectors":
+            is_there = calibration_path(self._cache_dir, identity).is_file()
+            return None if is_there else ("a calibration", "calibrate")
+        if predictor == "estimator":
+            is_there = estimator_path(self._cache_dir, identity).is_file()
+            return None if is_there else ("an estimator", "train-estimator")
+        return None
+
+    def _check_contexts(self) -> None:
+        """Refuse contexts a trained model was not made for: its text there means nothing."""
+        limit = self._loaded.generation.max_positions
+        longest = max(self._contexts) + self._options.num_decode_tokens
+        if limit is not None and longest > limit and not self.result.machine["is_random"]:
             raise ConfigError(
-                "the arm default-vectors needs a calibration, and there is none",
-                hint=f"run `foreload calibrate {self._options.model}` first",
+                f"{max(self._contexts)} tokens of prompt and {self._options.num_decode_tokens} "
+                f"decoded are more than the model's context of {limit}",
+                hint="give shorter contexts, or time a model with random weights",
             )
-        return [arm for arm in arms if arm.name != "default-vectors"]
 
     def _tell(self, what: str) -> None:
         if self._progress is not None:
@@ -259,8 +380,8 @@ class _Suite:
         self._done += 1
 
 
-def _choose_arms(options: SuiteOptions) -> list[Arm]:
-    known = {arm.name: arm for arm in ENGINE_ARMS}
+def _choose_arms(suite: Suite, options: SuiteOptions) -> list[Arm]:
+    known = {arm.name: arm for arm in suite.arms}
     for name in options.arms or ():
         if name not in known:
             raise ConfigError(f"unknown arm {name!r}", hint=f"known are {', '.join(known)}")
@@ -284,16 +405,3 @@ def _load_stock(directory: Path, loaded: LoadedModel) -> Any:
     for parameter in stock.parameters():
         parameter.data = parameter.data.clone()
     return stock.eval().requires_grad_(False)
-
-
-def _write(output: Path, options: SuiteOptions, result: SuiteResult) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "machine.json").write_text(json.dumps(result.machine, indent=1) + "\n")
-    text = None if options.text is None else str(options.text)
-    config = {**asdict(options), "text": text, "output": None}
-    (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    lines = [json.dumps(sample.to_dict()) for sample in result.samples]
-    lines += [json.dumps({"limits": asdict(limits)}) for limits in result.limits]
-    (output / "samples.jsonl").write_text("\n".join(lines) + "\n")
-    (output / "summary.md").write_text(result.summary)
-    plot_tpot(result.samples, result.limits, output)

@@ -29,6 +29,11 @@ class Workload:
         """Give how many tokens are decoded one at a time."""
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def shortened(self, num_prompt_tokens: int) -> Workload:
+        """Copy with only the last tokens of the prompt; what is decoded stays the same."""
+        start = self.num_prompt_tokens - num_prompt_tokens
+        return Workload(self.token_ids[start:], num_prompt_tokens)
+
 
 def make_workloads(
     tokenizer: Any | None,

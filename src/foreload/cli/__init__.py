@@ -18,8 +18,12 @@ from foreload.cli import make_model
 from foreload.cli.bench import bench
 from foreload.cli.calibrate import calibrate
 from foreload.cli.chat import chat
+from foreload.cli.evaluate import evaluate
 from foreload.cli.generate import generate
 from foreload.cli.inspect import inspect
+from foreload.cli.plan import plan
+from foreload.cli.simulate import simulate
+from foreload.cli.trace import trace
 
 __all__ = ["app", "main"]
 
@@ -29,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for _verb in (generate, chat, inspect, calibrate, bench):
+for _verb in (generate, chat, inspect, plan, calibrate, evaluate, trace, simulate, bench):
     app.command(_verb.__name__)(_verb)
 app.add_typer(make_model.app, name="make-model")
 

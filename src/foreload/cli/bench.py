@@ -6,19 +6,26 @@ from typing import Annotated
 
 import typer
 
-from foreload.cli.options import DEFAULT_MODEL, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, ModelArgument, parse_budgets
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
 
 __all__ = ["bench"]
 
-_SUITES = ("engine",)
+_SUITES = ("engine", "speculating-experts")
 
 SuiteOption = Annotated[str, typer.Option(help=f"Which suite to run: {', '.join(_SUITES)}.")]
 ArmsOption = Annotated[
     str | None, typer.Option(help="Arms of the suite, such as lru,auto.", show_default="all")
 ]
-BudgetsOption = Annotated[str, typer.Option(help="Expert memories, in percent of all experts.")]
+BudgetsOption = Annotated[
+    str | None,
+    typer.Option(help="Expert memories, in percent of all experts.", show_default="the suite's"),
+]
+ContextsOption = Annotated[
+    str | None,
+    typer.Option(help="Prompt lengths, such as 100,900.", show_default="the suite's"),
+]
 TrialsOption = Annotated[int, typer.Option(help="Runs of each arm and budget.", min=1)]
 TextOption = Annotated[
     Path | None,
@@ -47,7 +54,8 @@ def bench(
     model: ModelArgument = DEFAULT_MODEL,
     suite: SuiteOption = _SUITES[0],
     arms: ArmsOption = None,
-    budgets: BudgetsOption = "10,25,50,75",
+    budgets: BudgetsOption = None,
+    contexts: ContextsOption = None,
     trials: TrialsOption = 5,
     text: TextOption = None,
     stock: StockOption = True,
@@ -57,12 +65,14 @@ def bench(
     """Measure the arms of a suite on this machine, interleaved, beside reference rows."""
     if suite not in _SUITES:
         raise typer.BadParameter(f"--suite {suite!r} is unknown: use {', '.join(_SUITES)}")
-    shares = _parse_budgets(budgets)
+    shares = None if budgets is None else parse_budgets(budgets)
+    lengths = None if contexts is None else _parse_contexts(contexts)
     names = None if arms is None else tuple(_split(arms))
     with terminal.status("Starting"):
         import torch
 
-        from foreload.bench.suite import SuiteOptions, run_suite
+        from foreload.bench.speculating_experts import SPECULATING_EXPERTS
+        from foreload.bench.suite import ENGINE_SUITE, SuiteOptions, run_suite
         from foreload.model.architecture import quiet_transformers
     if threads is not None:
         torch.set_num_threads(threads)
@@ -71,6 +81,7 @@ def bench(
         text=text,
         arms=names,
         budgets=shares,
+        contexts=lengths,
         num_trials=trials,
         with_stock=stock,
         output=output,
@@ -81,10 +92,12 @@ def bench(
             terminal.note(what)
             report("Arms", done, total)
 
-        result = run_suite(options, tell)
+        chosen = {made.name: made for made in (ENGINE_SUITE, SPECULATING_EXPERTS)}[suite]
+        result = run_suite(options, tell, suite=chosen)
     terminal.print_json(
         {
             "machine": result.machine,
+            "left_out": result.left_out,
             "samples": [sample.to_dict() for sample in result.samples],
             "limits": [asdict(limits) for limits in result.limits],
             "summary": result.summary,
@@ -97,12 +110,9 @@ def _split(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _parse_budgets(text: str) -> tuple[float, ...]:
-    """Turn percentages into shares."""
-    try:
-        shares = tuple(float(word.removesuffix("%")) / 100 for word in _split(text))
-    except ValueError as error:
-        raise typer.BadParameter(f"--budgets: {error}") from error
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise typer.BadParameter(f"--budgets {text!r}: give percentages above 0, such as 10,25")
-    return shares
+def _parse_contexts(text: str) -> tuple[int, ...]:
+    """Read prompt lengths."""
+    words = _split(text)
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"--contexts {text!r}: give lengths above 0, such as 100,900")
+    return tuple(int(word) for word in words)

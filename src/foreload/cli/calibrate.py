@@ -13,7 +13,7 @@ from foreload.cli.verb import verb
 from foreload.config import EngineConfig
 from foreload.model.source import DEMO_NAME, resolve_model
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "find_shipped_text"]
 
 _SHIPPED_TEXT = "calibration.txt"
 _MAX_TOKENS = 16384
@@ -33,7 +33,7 @@ HeldOutOption = Annotated[
 ]
 
 
-@verb(ENGINE.without("predictor", "lookahead_layers"))
+@verb(ENGINE.without("predictor", "lookahead_layers", "policy", "confidence"))
 def calibrate(
     terminal: Terminal,
     settings: EngineConfig,
@@ -48,7 +48,7 @@ def calibrate(
     The result is kept for this checkpoint, and the predictors auto and default-vectors use it
     from then on. An earlier one is replaced only by a complete new one.
     """
-    file = text or _find_shipped_text(model)
+    file = text or find_shipped_text(model, _SHIPPED_TEXT)
     # Sixteen characters per token are more than any text has on average.
     sample = read_text(file, 16 * max_tokens)
     settings = settings.with_values(model=model, predictor="lookahead", lookahead_layers=1)
@@ -72,11 +72,16 @@ def calibrate(
     )
 
 
-def _find_shipped_text(model: str) -> Path:
+def find_shipped_text(model: str, name: str) -> Path:
+    """Find a text that lies beside a model's weights.
+
+    Raises:
+        BadParameter: The model brings none.
+    """
     is_local = model == DEMO_NAME or Path(model).expanduser().is_dir()
-    if is_local and (path := resolve_model(model) / _SHIPPED_TEXT).is_file():
+    if is_local and (path := resolve_model(model) / name).is_file():
         return path
-    raise typer.BadParameter(f"give a text with --text: {model} brings no {_SHIPPED_TEXT}")
+    raise typer.BadParameter(f"give a text with --text: {model} brings no {name}")
 
 
 def _table(result: Any) -> Any:

@@ -107,7 +107,8 @@ class _Conversation:
         show("\n")
         self.messages = [*prompt, {"role": "assistant", "content": result.text}]
         self.stats.append(result.stats.to_dict())
-        self._terminal.note(statistics_line(result.stats, result.finish_reason))
+        policy = self._engine.config.policy
+        self._terminal.note(statistics_line(result.stats, result.finish_reason, policy))
 
     def _say(self, text: str) -> None:
         self._terminal.err.print(text, end="", markup=False, soft_wrap=True)

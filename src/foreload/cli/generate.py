@@ -61,7 +61,7 @@ def generate(
         result = stream_answer(engine, given, sampling, terminal.write)
         settings = engine.config
     terminal.write("\n")
-    terminal.note(statistics_line(result.stats, result.finish_reason))
+    terminal.note(statistics_line(result.stats, result.finish_reason, settings.policy))
     answer = {
         "text": result.text,
         "token_ids": result.token_ids,
@@ -71,7 +71,7 @@ def generate(
     }
     status = INTERRUPTED if result.finish_reason == "cancelled" else 0
     if compare and not status:
-        on_demand = settings.with_values(predictor="none", eviction="none")
+        on_demand = settings.with_values(policy="exact", predictor="none", eviction="none")
         with open_engine(terminal, on_demand, cache_dir) as engine:
             with terminal.status("Running again on demand"):
                 _warm_up(engine, given)
@@ -87,8 +87,10 @@ def generate(
                 "ratio": ratios(result.stats, again.stats),
                 "is_same_text": is_same,
             }
-            terminal.err.print(comparison_table(result.stats, again.stats))
-            if not is_same:
+            terminal.err.print(comparison_table(result.stats, again.stats, settings.policy))
+            if not is_same and settings.policy != "exact":
+                terminal.note(f"the two runs gave different texts: {settings.policy} is not exact")
+            elif not is_same:
                 terminal.error("the two runs gave different texts", "this is a bug: report it")
                 status = ERROR
     terminal.print_json(answer)

@@ -30,6 +30,7 @@ __all__ = [
     "ModelArgument",
     "OptionGroup",
     "choice",
+    "parse_budgets",
 ]
 
 HELP = {
@@ -41,6 +42,8 @@ HELP = {
     "eviction": "Which expert makes room; none keeps no expert after its use.",
     "num_workers": "Copies in flight at once.",
     "prefill_chunk": "Most prompt tokens per forward.",
+    "policy": "Who decides what is executed; all but exact change the text.",
+    "confidence": "For speculate-when: share of the routing weight that is waited for.",
     "max_new_tokens": "Most tokens to generate.",
     "temperature": "0 takes the likeliest token.",
     "top_p": "Sample among the likeliest tokens that together reach this probability.",
@@ -105,6 +108,22 @@ class OptionGroup:
 def choice(name: str, choices: Collection[str]) -> Any:
     """Give the annotation of an option that takes one of `choices`."""
     return Enum(name, {value: value for value in choices}, type=str)
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """Turn percentages of all experts, "10,25%", into shares.
+
+    Raises:
+        BadParameter: Something else, or not above 0 and at most 100.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        shares = tuple(float(word.removesuffix("%")) / 100 for word in words)
+    except ValueError as error:
+        raise typer.BadParameter(f"--budgets: {error}") from error
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise typer.BadParameter(f"--budgets {text!r}: give percentages above 0, such as 10,25")
+    return shares
 
 
 def _group(name: str, make: type[Any], panel: str, skipped: tuple[str, ...] = ()) -> OptionGroup:

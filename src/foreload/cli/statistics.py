@@ -23,6 +23,9 @@ def config_line(engine: Engine) -> str:
     guessed_by = config.predictor
     if predictor is not None and predictor.name != guessed_by:
         guessed_by = f"{guessed_by} ({predictor.name})"
+    policy = config.policy
+    if policy == "speculate-when":
+        policy = f"{policy} (confidence {config.confidence:g})"
     return ", ".join(
         (
             f"{config.model}: {spec.architecture}",
@@ -32,12 +35,13 @@ def config_line(engine: Engine) -> str:
             f"({_percent(min(share, 1.0))} of all experts)",
             f"predictor {guessed_by}",
             f"eviction {config.eviction}",
+            f"policy {policy}",
         )
     )
 
 
-def statistics_line(stats: RequestStats, finish_reason: str) -> str:
-    """Give a request's statistics in one line."""
+def statistics_line(stats: RequestStats, finish_reason: str, policy: str) -> str:
+    """Give a request's statistics in one line; what was speculated, where the policy does that."""
     parts = [
         f"{stats.num_output_tokens} tokens ({finish_reason})",
         f"TTFT {_seconds(stats.ttft_s)}",
@@ -48,16 +52,19 @@ def statistics_line(stats: RequestStats, finish_reason: str) -> str:
     ]
     if stats.bytes_per_token is not None:
         parts[-2] += f" ({format_bytes(stats.bytes_per_token)} per token)"
+    if policy != "exact":
+        parts.append(f"speculated {_percent(stats.speculated_fraction)}")
     return ", ".join(parts)
 
 
-def comparison_table(ours: RequestStats, on_demand: RequestStats) -> Table:
+def comparison_table(ours: RequestStats, on_demand: RequestStats, policy: str) -> Table:
     """Set a run beside the same run on demand."""
     from rich.table import Table
 
-    table = Table(caption="on demand: nothing is prefetched, no expert is kept")
+    table = Table(caption="on demand: exact, nothing is prefetched, no expert is kept")
     table.add_column("")
-    for name in ("TTFT", "TPOT", "hit rate", "bytes read"):
+    more = ("speculated",) if policy != "exact" else ()
+    for name in ("TTFT", "TPOT", "hit rate", "bytes read", *more):
         table.add_column(name, justify="right")
     for name, stats in (("foreload", ours), ("on demand", on_demand)):
         table.add_row(
@@ -66,6 +73,7 @@ def comparison_table(ours: RequestStats, on_demand: RequestStats) -> Table:
             _seconds(stats.tpot_s),
             _percent(stats.hit_rate),
             format_bytes(stats.bytes_moved),
+            *(_percent(stats.speculated_fraction) for _ in more),
         )
     ratio = {name: _factor(value) for name, value in ratios(ours, on_demand).items()}
     table.add_section()

@@ -36,6 +36,7 @@ def decode(
     config: SamplingConfig,
     *,
     prefill_chunk: int,
+    prefill: Forward | None = None,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
     """Generate token ids one by one; the caller stops by no longer asking.
@@ -46,6 +47,7 @@ def decode(
         kv_cache: Empty cache of this sequence.
         config: Sampling settings.
         prefill_chunk: Most prompt tokens per forward.
+        prefill: Runs the model on the prompt; `forward` where None.
         is_cancelled: Asked between forwards of the prompt; true ends without a token.
     """
     generator = torch.Generator()
@@ -58,7 +60,7 @@ def decode(
         if is_cancelled():
             return
         chunk = torch.tensor([list(prompt_ids[start : start + prefill_chunk])])
-        logits = forward(chunk, kv_cache)
+        logits = (prefill or forward)(chunk, kv_cache)
     if logits is None:
         raise ValueError("the prompt is empty")
     for _ in range(config.max_new_tokens - 1):

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 
-from foreload.errors import CapacityError
+from foreload.errors import CapacityError, ForeloadError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,12 +107,19 @@ class SlotArena:
         return memoryview(self._map)[start : start + self.slot_bytes]
 
     def tensors(self, slot: int, plan: ExpertPlan) -> dict[str, torch.Tensor]:
-        """View a slot as the parameters of the expert that `plan` brought there."""
+        """View a slot as the parameters of the expert that `plan` brought there.
+
+        Raises:
+            ForeloadError: The memory was released.
+        """
+        memory = self._bytes
+        if not len(memory):
+            raise ForeloadError("the expert memory is closed", hint="open a new engine")
         base = slot * self.slot_bytes
         views = {}
         for tensor, position in zip(plan.tensors, tensor_positions(plan), strict=True):
             start = base + position
-            raw = self._bytes[start : start + tensor.num_bytes]
+            raw = memory[start : start + tensor.num_bytes]
             views[tensor.name] = raw.view(getattr(torch, tensor.dtype)).view(tensor.shape)
         return views
 
@@ -123,10 +129,10 @@ class SlotArena:
             view.copy_(values[name])
 
     def release(self) -> None:
-        """Give the memory back; views that are still held keep theirs readable."""
+        """Give the memory back once the last view of it is gone: until then all stay readable."""
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        with suppress(BufferError):
-            self._map.close()
+        # Closing would take it from views in use: torch does not tell the mapping that it has some.
+        self._map = mmap.mmap(-1, 1)
 
     def poison(self) -> None:
         """Fill with NaN patterns, so that reading what was never written shows."""

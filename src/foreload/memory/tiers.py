@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from foreload.errors import CapacityError
 from foreload.memory.cache import ExpertCache
-from foreload.memory.transfer import TransferEngine, TransferState
+from foreload.memory.transfer import TransferState
 from foreload.types import ExpertKey, Lookup, Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from foreload.errors import TransferError
-    from foreload.memory.arena import SlotArena
     from foreload.memory.eviction import EvictionPolicy
-    from foreload.memory.transfer import CopyBackend, Transfer
+    from foreload.memory.transfer import Transfer, Transfers
     from foreload.metrics import Metrics, Timeline
     from foreload.types import ExpertPlan
 
-__all__ = ["Demand", "ExpertTiers"]
+__all__ = ["Demand", "ExpertTiers", "Slots"]
+
+
+class Slots(Protocol):
+    """The slots' memory; `memory.arena.SlotArena` is the real one."""
+
+    num_slots: int
+    slot_bytes: int
+
+    def tensors(self, slot: int, plan: ExpertPlan) -> dict[str, Tensor]:
+        """View a slot as the parameters of the expert that `plan` brought there."""
 
 
 class ExpertTiers:
@@ -36,25 +45,30 @@ class ExpertTiers:
     Args:
         arena: The slots' memory.
         plans: How to read each expert, [layer][expert].
-        backend: Moves the bytes.
+        transfers: Works off the copies; closed with the tiers.
         policy: Estimates waits until next use.
         metrics: Where lookups, bytes and stalls are counted.
         timeline: Where copies and stalls are drawn.
         keep: Whether experts stay after use; False is the on-demand reference.
-        num_workers: Copies in flight at once.
+        clock: Tells the seconds by which stalls are measured.
+
+    Attributes:
+        cache: Who is in which slot.
+        is_layerwise: Whether a demand hands out nothing before all that it can have has arrived, as
+            engines must whose kernels compute whole layers. For comparison with them.
     """
 
     def __init__(
         self,
-        arena: SlotArena,
+        arena: Slots,
         plans: Sequence[Sequence[ExpertPlan]],
-        backend: CopyBackend,
+        transfers: Transfers,
         policy: EvictionPolicy,
         metrics: Metrics,
         timeline: Timeline,
         *,
         keep: bool = True,
-        num_workers: int = 2,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._arena = arena
         self._plans = plans
@@ -63,13 +77,15 @@ class ExpertTiers:
         self._keep = keep
         num_experts = max(len(layer) for layer in plans)
         self.cache = ExpertCache(arena.num_slots, len(plans), num_experts, policy)
-        self._transfers = TransferEngine(backend, num_workers=num_workers)
+        self._transfers = transfers
+        self._clock = clock
         self._open: dict[ExpertKey, Transfer] = {}
         self._guessed: set[ExpertKey] = set()
         self._failed: dict[ExpertKey, TransferError] = {}
         self._views: dict[ExpertKey, dict[str, Tensor]] = {}
-        self._window = 4 * num_workers
+        self._window = 4 * transfers.num_workers
         self._demand: Demand | None = None
+        self.is_layerwise = False
 
     def observe(
         self,
@@ -89,6 +105,8 @@ class ExpertTiers:
             ):
                 self._transfers.cancel(transfer)
         self.poll()
+        if not self._keep:
+            self._drop_wrong_guesses(layer, counts)
 
     def demand(self, layer: int, experts: Sequence[int]) -> Demand:
         """Ask for experts of one layer; what is missing starts to come at once.
@@ -119,10 +137,28 @@ class ExpertTiers:
         """Tell whether an expert is neither readable nor on its way."""
         return self.cache.lookup(key) is Lookup.MISS
 
+    def is_ready(self, key: ExpertKey) -> bool:
+        """Tell whether an expert is readable."""
+        return self.cache.lookup(key) is Lookup.HIT
+
+    def is_arriving(self, key: ExpertKey) -> bool:
+        """Tell whether an expert is readable, or its bytes are on their way (not just queued)."""
+        if self.is_ready(key):
+            return True
+        transfer = self._open.get(key)
+        # A worker may finish it at any moment; that it did is booked by the next poll.
+        begun = (TransferState.RUNNING, TransferState.DONE)
+        return transfer is not None and transfer.state in begun
+
     @property
     def num_slots(self) -> int:
         """Give how many experts fit."""
         return self._arena.num_slots
+
+    @property
+    def expert_bytes(self) -> tuple[int, ...]:
+        """Give, per layer, the bytes read from disk for its largest expert."""
+        return tuple(max(plan.read_bytes for plan in layer) for layer in self._plans)
 
     @property
     def num_open_prefetches(self) -> int:
@@ -143,9 +179,9 @@ class ExpertTiers:
 
     def wait_news(self) -> None:
         """Block until a copy has finished, and book it as stall."""
-        start = time.perf_counter()
+        start = self._clock()
         finished = self._transfers.wait()
-        end = time.perf_counter()
+        end = self._clock()
         self._metrics.stall_s += end - start
         self._timeline.add("stall", "stall", start, end)
         self._book(finished)
@@ -166,10 +202,17 @@ class ExpertTiers:
             self._evict(key)
 
     def close(self) -> None:
-        """Cancel all copies and stop the threads."""
+        """Cancel all copies."""
         self._transfers.close()
         self.poll()
         self._views.clear()
+
+    def _drop_wrong_guesses(self, layer: int, counts: Mapping[int, int]) -> None:
+        """Evict what was brought for `layer` in vain: it would be a cache across tokens."""
+        wrong = [key for key in self._guessed if key.layer == layer and key.expert not in counts]
+        for key in wrong:
+            if self.is_ready(key):
+                self._evict(key)
 
     def _drop_demand(self) -> None:
         """Unpin what a demand holds that was never iterated, or not to its end."""
@@ -267,6 +310,9 @@ class Demand:
     def __iter__(self) -> Iterator[tuple[ExpertKey, dict[str, Tensor]]]:
         tiers = self._tiers
         try:
+            while tiers.is_layerwise and self._coming:
+                tiers.wait_news()
+                self._collect()
             while self._ready or self._coming or self._missing:
                 if not self._ready:
                     self._await_arrival()

@@ -1,32 +1,39 @@
-"""What happens at one MoE layer: route, demand, predict, prefetch, compute, sum.
+"""What happens at one MoE layer: decide, demand, predict, prefetch, compute, sum.
 
-Called by the model's forward through the experts interface. The true router has decided before
-this is reached: predictions only move bytes earlier. Imports neither predictors nor transformers.
+Called by the model's forward through the experts interface. The true router has answered before
+this is reached; only a policy that was asked for executes anything else, predictions otherwise
+only move bytes earlier. Imports neither predictors nor transformers.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from foreload.ops.reference import accumulate, expert_forward, group_by_expert
-from foreload.schedule.prefetch import GuessOdds, PrefetchSwitch
-from foreload.types import ExpertKey, RoutingEvent
+from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
+from foreload.schedule.prefetch import Prefetcher
+from foreload.types import ExpertKey, Routing, RoutingEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
     from foreload.memory.tiers import Demand, ExpertTiers
     from foreload.metrics import Metrics, Timeline
     from foreload.ops.reference import ExpertGroup, SumRule
+    from foreload.ops.scores import LayerScores
+    from foreload.schedule.policy import ExecutionPolicy
+    from foreload.schedule.prefetch import PrefetchSwitch
     from foreload.types import Prediction, Predictor
 
     Observer = Callable[[RoutingEvent, list[int]], None]
     OutputObserver = Callable[[int, int, Tensor], None]
+    PredictionObserver = Callable[[RoutingEvent, list[Prediction]], None]
 
 __all__ = ["ExpertRuntime"]
 
@@ -43,6 +50,14 @@ class ExpertRuntime:
         max_prefetches: Most guessed experts queued or on their way at once: the byte cap.
         min_odds: Guesses less probable than this are not prefetched.
         switch: Turns prefetching off where it loses; None leaves it always on.
+
+    Attributes:
+        policy: Who decides what is executed; may be changed between forwards.
+        score_rules: Per MoE layer, how its router makes weights, None where that is not known;
+            empty until a policy needs it.
+        on_routing: Told of every layer visit and the distinct experts that are executed.
+        on_output: Told every expert's output before its weights.
+        on_predictions: Told what was predicted at a layer.
     """
 
     def __init__(
@@ -58,32 +73,60 @@ class ExpertRuntime:
         switch: PrefetchSwitch | None = None,
     ) -> None:
         self.predictor = predictor
+        self.policy: ExecutionPolicy = Exact()
+        self.score_rules: Sequence[LayerScores | None] = ()
         self.on_routing: Observer | None = None
         self.on_output: OutputObserver | None = None
+        self.on_predictions: PredictionObserver | None = None
         self._tiers = tiers
         self._metrics = metrics
         self._timeline = timeline
         self._sum_rules = sum_rules
-        self._num_layers = num_layers = len(sum_rules)
-        self._max_prefetches = max_prefetches
-        self._min_odds = min_odds
         self._switch = switch
-        self._odds = GuessOdds()
-        self._guesses: dict[int, list[_OpenGuess]] = {}
+        self._prefetcher = Prefetcher(
+            tiers,
+            metrics,
+            num_layers=len(sum_rules),
+            max_prefetches=max_prefetches,
+            min_odds=min_odds,
+        )
+        # By thread: forwards of several threads may take turns layer by layer.
+        self._guessed: dict[int, tuple[int, Routing]] = {}
         self._residuals: dict[tuple[int, int], Tensor] = {}
+        self._logits: dict[tuple[int, int], Tensor] = {}
+        self._prefilling: set[int] = set()
         self._step_start_s: float | None = None
-        self._last_layer = num_layers
+        self._last_layer = len(sum_rules)
         self._lock = threading.RLock()
 
     @property
     def is_prefetching(self) -> bool:
         """Tell whether guesses are being prefetched at the moment."""
-        return self.predictor is not None and (self._switch is None or self._switch.is_on)
+        if self.predictor is None:
+            return False
+        # Other policies execute what was prefetched: without it they are faster, and worse.
+        if self._switch is None or not isinstance(self.policy, Exact):
+            return True
+        return self._switch.is_on
+
+    @contextmanager
+    def prefilling(self) -> Iterator[None]:
+        """Take this thread's forwards for parts of a prompt, single tokens too."""
+        thread = threading.get_ident()
+        self._prefilling.add(thread)
+        try:
+            yield
+        finally:
+            self._prefilling.discard(thread)
 
     def see_residual(self, layer: int, residual: Tensor) -> None:
         """Keep the residual stream that enters a layer's MoE block, for its prediction."""
         if self.predictor is not None:
             self._residuals[threading.get_ident(), layer] = residual
+
+    def see_logits(self, layer: int, logits: Tensor) -> None:
+        """Keep a router's logits, (T, E), for a policy that chooses among other experts."""
+        self._logits[threading.get_ident(), layer] = logits
 
     def run_layer(
         self,
@@ -103,31 +146,137 @@ class ExpertRuntime:
             top_k_weights: (T, K), final weights.
 
         Returns:
-            (T, H), bit for bit what transformers' eager experts give on the CPU.
+            (T, H); under the exact policy bit for bit what transformers' eager experts give on the
+            CPU.
 
         Raises:
             TransferError: A copy failed; the engine stays usable.
         """
         with self._lock:
             num_tokens = hidden_states.shape[0]
-            groups = group_by_expert(top_k_index, experts.num_experts)
-            wanted = [group.expert for group in groups]
             self._begin_layer(layer, num_tokens)
-            self._score_guesses(layer, wanted)
+            true = Routing(top_k_index, top_k_weights)
+            executed = self._decide(layer, true, experts.num_experts)
+            groups = group_by_expert(executed.top_k_index, experts.num_experts)
+            wanted = [group.expert for group in groups]
+            routed = wanted
+            if executed is not true:
+                routed = [g.expert for g in group_by_expert(top_k_index, experts.num_experts)]
+            self._prefetcher.score(layer, routed)
+            self._count(true, executed)
             counts = {group.expert: len(group.token) for group in groups}
-            routing = top_k_index.tolist() if num_tokens > 1 else None
+            routing = executed.top_k_index.tolist() if num_tokens > 1 else None
             self._tiers.observe(layer, counts, num_tokens, routing)
             residual = self._residuals.pop((threading.get_ident(), layer), None)
             event = RoutingEvent(
-                self._metrics.num_steps - 1, layer, residual, top_k_index, top_k_weights
+                self._metrics.num_steps - 1,
+                layer,
+                residual,
+                top_k_index,
+                top_k_weights,
+                None if executed is true else executed,
             )
             with closing(self._tiers.demand(layer, wanted)) as demand:
                 if self.on_routing is not None:
                     self.on_routing(event, wanted)
-                self._prefetch(event)
-                outputs = self._compute(demand, experts, hidden_states, top_k_weights, groups)
+                self._predict(event)
+                outputs = self._compute(
+                    demand, experts, hidden_states, executed.top_k_weights, groups
+                )
             rule = self._sum_rules[layer]
             return accumulate(hidden_states, top_k_weights.dtype, groups, outputs, rule)
+
+    def _policy_applies(self, num_tokens: int) -> bool:
+        """Tell whether this thread's forward may execute something else than the true routing."""
+        is_prefill = threading.get_ident() in self._prefilling
+        return self.policy.applies(num_tokens, is_prefill=is_prefill)
+
+    def _decide(self, layer: int, true: Routing, num_experts: int) -> Routing:
+        """Give the routing to execute; `true` itself where the true router decides."""
+        thread = threading.get_ident()
+        logits = self._logits.pop((thread, layer), None)
+        guess = self._guessed.pop(thread, None)
+        num_tokens = true.top_k_index.shape[0]
+        policy = self.policy
+        if not self._policy_applies(num_tokens):
+            return true
+        if isinstance(policy, Speculate):
+            if guess is None or guess[0] != layer or guess[1].top_k_index.shape[0] != num_tokens:
+                return true
+            index, weights = guess[1]
+            return Routing(index, weights.to(true.top_k_weights.dtype))
+        if isinstance(policy, SpeculateWhen):
+            return self._choose_present(policy, layer, true, logits, num_experts)
+        return true
+
+    def _choose_present(
+        self,
+        policy: SpeculateWhen,
+        layer: int,
+        true: Routing,
+        logits: Tensor | None,
+        num_experts: int,
+    ) -> Routing:
+        """Replace light experts that are missing by the best that are in memory."""
+        tiers = self._tiers
+        tiers.poll()
+
+        def is_here(expert: int) -> bool:
+            # Placeholders stand for no expert: nothing is waited for.
+            return expert >= num_experts or tiers.is_arriving(ExpertKey(layer, expert))
+
+        experts, weights = true.top_k_index[0].tolist(), true.top_k_weights[0].tolist()
+        dropped = policy.drop(experts, weights, is_here)
+        if not dropped:
+            return true
+        kept = [(e, w) for e, w in zip(experts, weights, strict=True) if e not in dropped]
+        rule = self.score_rules[layer] if self.score_rules else None
+        if rule is not None and logits is not None and logits.shape == (1, num_experts):
+            scores = rule.scores(logits[0])
+            others = policy.substitute(
+                experts, len(dropped), scores, lambda e: tiers.is_ready(ExpertKey(layer, e))
+            )
+            # In the router's own unit: the weight its heaviest kept expert got.
+            heaviest, weight = max(kept, key=lambda pair: pair[1])
+            unit = weight / max(scores[heaviest], sys.float_info.min)
+            kept += [(expert, scores[expert] * unit) for expert in others]
+        if rule is None or rule.is_normalised:
+            share = sum(weights) / sum(weight for _, weight in kept)
+            kept = [(expert, weight * share) for expert, weight in kept]
+        index = true.top_k_index.new_tensor([[expert for expert, _ in kept]])
+        return Routing(index, true.top_k_weights.new_tensor([[weight for _, weight in kept]]))
+
+    def _count(self, true: Routing, executed: Routing) -> None:
+        """Count pairs of token and expert, and those of the true router that are not executed."""
+        self._metrics.num_executed += true.top_k_index.numel()
+        if executed is not true:
+            same = true.top_k_index[:, :, None] == executed.top_k_index[:, None, :]
+            self._metrics.num_speculated += int((~same.any(-1)).sum())
+
+    def _predict(self, event: RoutingEvent) -> None:
+        """Predict coming layers, and start the copies that are worth it."""
+        if self.predictor is None or not self.is_prefetching:
+            return
+        num_tokens = event.top_k_index.shape[0]
+        guesses = self.predictor.predict(event)
+        if self.on_predictions is not None:
+            self.on_predictions(event, guesses)
+        is_single = num_tokens == 1
+        if isinstance(self.policy, Speculate) and self._policy_applies(num_tokens):
+            guesses = self._commit(event.layer + 1, guesses, is_single=is_single)
+        self._prefetcher.prefetch(guesses, is_single=is_single)
+
+    def _commit(
+        self, layer: int, guesses: list[Prediction], *, is_single: bool
+    ) -> list[Prediction]:
+        """Settle what the next layer will execute; give the other guesses."""
+        for number, guess in enumerate(guesses):
+            if guess.layer == layer and guess.routing is not None:
+                self._guessed[threading.get_ident()] = (layer, guess.routing)
+                executed = guess.experts[: guess.num_expected]
+                self._prefetcher.commit(guess, executed, is_single=is_single)
+                return guesses[:number] + guesses[number + 1 :]
+        return guesses
 
     def _compute(
         self,
@@ -160,53 +309,8 @@ class ExpertRuntime:
         now = time.perf_counter()
         if self._step_start_s is not None and self._switch is not None:
             self._switch.record(now - self._step_start_s)
-        self._step_start_s = now if num_tokens == 1 else None
+        is_timed = num_tokens == 1 and isinstance(self.policy, Exact)
+        self._step_start_s = now if is_timed else None
         self._metrics.num_steps += 1
         self._last_layer = layer
-        self._guesses = {at: old for at, old in self._guesses.items() if at <= layer}
-
-    def _score_guesses(self, layer: int, wanted: list[int]) -> None:
-        """Learn from what came true."""
-        true = set(wanted)
-        for guess, absent, is_single in self._guesses.pop(layer, ()):
-            place = (layer, guess.distance)
-            metrics = self._metrics
-            right = true.intersection(guess.experts[: len(wanted)])
-            metrics.num_predicted[place] = metrics.num_predicted.get(place, 0) + len(wanted)
-            metrics.num_predicted_right[place] = metrics.num_predicted_right.get(place, 0) + len(
-                right
-            )
-            for expert, confidence in absent:
-                self._odds.learn(guess.distance, is_single, confidence, was_right=expert in true)
-
-    def _prefetch(self, event: RoutingEvent) -> None:
-        """Predict, and start the copies that are worth it: near layers and likely experts first."""
-        if self.predictor is None or not self.is_prefetching:
-            return
-        is_single = event.top_k_index.shape[0] == 1
-        room = self._max_prefetches - self._tiers.num_open_prefetches
-        for guess in self.predictor.predict(event):
-            absent = [
-                (expert, confidence)
-                for expert, confidence in zip(guess.experts, guess.confidence, strict=True)
-                if self._tiers.is_absent(ExpertKey(guess.layer, expert))
-            ]
-            self._guesses.setdefault(guess.layer, []).append(_OpenGuess(guess, absent, is_single))
-            for expert, confidence in absent:
-                odds = self._odds.get(guess.distance, is_single, confidence)
-                if room <= 0 or odds < self._min_odds:
-                    break
-                # Used with probability p per visit, an expert waits (1 - p) / p visits on average.
-                wait = guess.distance / self._num_layers + (1 - odds) / odds
-                order = self._metrics.num_steps * self._num_layers + guess.layer - odds
-                room -= self._tiers.prefetch(
-                    ExpertKey(guess.layer, expert), expected_wait=wait, order=order
-                )
-
-
-class _OpenGuess(NamedTuple):
-    """A guess whose layer has not been reached, and what of it was absent when it was made."""
-
-    guess: Prediction
-    absent: list[tuple[int, float]]
-    is_single: bool
+        self._prefetcher.begin_step(layer)

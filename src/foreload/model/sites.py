@@ -8,7 +8,8 @@ weights. No architecture is known by name here, and transformers is not imported
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from foreload.errors import UnsupportedModelError
-from foreload.types import RouterOutput
+from foreload.ops.scores import LayerScores, find_scores
+from foreload.types import RouterOutput, Routing
 
 __all__ = [
+    "EarlyRouter",
     "MoeSite",
     "discover_sites",
     "expert_parameters",
     "is_experts",
-    "predict_routing",
     "probe_sites",
+    "router_logits",
     "silenced_experts",
 ]
 
@@ -64,6 +67,9 @@ class MoeSite:
         is_flat: Whether the router wants (T, H) instead of (1, T, H).
         is_predictable: Whether the router can be asked with nothing but a residual stream. False
             until `probe_sites` has seen it.
+        is_routing_whole: Whether the router alone gives what the experts are called with, weights
+            included, so that its answer to another residual may be executed. As above.
+        scores: How weights are made of the router's logits; None where that was not found out.
     """
 
     layer: int
@@ -80,6 +86,8 @@ class MoeSite:
     router_kwargs: dict[str, Any] = field(default_factory=dict)
     is_flat: bool = True
     is_predictable: bool = False
+    is_routing_whole: bool = False
+    scores: LayerScores | None = None
 
     @property
     def residual_module(self) -> nn.Module | None:
@@ -178,7 +186,8 @@ def _find_router(
 ) -> nn.Module | None:
     for scope in (block, decoder):
         for module in _descendants(scope):
-            if type(module) in classes:
+            # Logits may be recorded from the block, too; asking that would run its experts.
+            if type(module) in classes and not any(is_experts(m) for m in module.modules()):
                 return module
     for scope in (block, decoder):
         named: Iterable[tuple[str, nn.Module]] = scope.named_modules()
@@ -208,15 +217,24 @@ def _find_top_k(experts: nn.Module, block: nn.Module, model: nn.Module) -> int |
 
 
 @contextmanager
-def silenced_experts(sites: Sequence[MoeSite]) -> Iterator[None]:
-    """Let the experts of `sites` answer zero inside the block; needs no expert weights."""
+def silenced_experts(
+    sites: Sequence[MoeSite], on_call: Callable[[int, Sequence[Any]], None] | None = None
+) -> Iterator[None]:
+    """Let the experts of `sites` answer zero inside the block; needs no expert weights.
 
-    def answer_zero(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    Args:
+        sites: Whose experts.
+        on_call: Told the layer and what its experts were given after the hidden states.
+    """
+
+    def answer_zero(layer: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if on_call is not None:
+            on_call(layer, (*args, *kwargs.values()))
         return torch.zeros_like(hidden_states)
 
     try:
         for site in sites:
-            site.experts.__dict__["forward"] = answer_zero
+            site.experts.__dict__["forward"] = functools.partial(answer_zero, site.layer)
         yield
     finally:
         for site in sites:
@@ -246,10 +264,14 @@ def probe_sites(
         One dense forward of T tokens; keeps the outputs of the norms alive meanwhile.
     """
     probe = _Probe(model)
-    with probe.watching(sites), silenced_experts(sites), torch.no_grad():
+    with (
+        probe.watching(sites),
+        silenced_experts(sites, probe.see_experts),
+        torch.no_grad(),
+    ):
         model(input_ids=input_ids, use_cache=False, **(extra_inputs or {}))
-    for site in sites:
-        probe.settle(site)
+        for site in sites:
+            probe.settle(site)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +289,7 @@ class _Probe:
         # keeping the outputs keeps their addresses from being used again
         self._produced: dict[int, tuple[nn.Module, Tensor]] = {}
         self._calls: dict[int, _RouterCall] = {}
+        self._given: dict[int, Routing] = {}
 
     @contextmanager
     def watching(self, sites: Sequence[MoeSite]) -> Iterator[None]:
@@ -300,6 +323,27 @@ class _Probe:
         site.is_predictable = all(
             self._is_constant(value) for value in (*call.args, *call.kwargs.values())
         )
+        if site.is_predictable:
+            self._compare(site, call.router_input)
+
+    def see_experts(self, layer: int, given: Sequence[Any]) -> None:
+        self._given.setdefault(layer, Routing(*given))
+
+    def _compare(self, site: MoeSite, router_input: Tensor) -> None:
+        """See whether the router's answer is what its experts are called with."""
+        answer = _ask_router(site, router_input)
+        given = self._given.get(site.layer)
+        if answer is None or given is None:
+            return
+        index, weights = given
+        if answer.top_k_weights is not None:
+            # Weights may be cast on their way; so are those of an answer that is executed.
+            own = answer.top_k_weights.to(weights.dtype)
+            site.is_routing_whole = torch.equal(answer.top_k_index, index) and torch.equal(
+                own, weights
+            )
+        if answer.logits is not None:
+            site.scores = find_scores(answer.logits, index, weights)
 
     def _see_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -325,49 +369,75 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def predict_routing(site: MoeSite, residual: Tensor) -> RouterOutput | None:
-    """Ask the router of `site` as if `residual` were the residual stream before it.
+@dataclass(frozen=True, slots=True)
+class EarlyRouter:
+    """A probed site's norm and router, to be asked ahead of time.
 
-    Args:
-        site: A probed site.
-        residual: (T, H) residual stream, true or guessed.
-
-    Returns:
-        The router's answer, or None for sites that cannot be predicted.
+    Answers None where the router wants more than a residual stream. Its answer has weights where
+    the experts would be called with them, so that they may be executed.
 
     Cost:
         One norm and one router, 2*T*H*E FLOP; no host sync.
     """
-    if site.router is None or not site.is_predictable:
+
+    site: MoeSite
+
+    def __call__(self, residual: Tensor) -> RouterOutput | None:
+        """Give the router's answer to a residual stream (T, H), true or guessed."""
+        with torch.no_grad():
+            return self.route(self.quasi_hidden(residual))
+
+    def quasi_hidden(self, residual: Tensor) -> Tensor:
+        """Give what the router would read, (T, H): the normalised stream."""
+        norm = self.site.norm
+        hidden: Tensor = residual if norm is None else norm(residual)
+        return hidden
+
+    def route(self, hidden: Tensor) -> RouterOutput | None:
+        """Give the router's answer to its input (T, H); differentiable in the logits."""
+        site = self.site
+        if not site.is_predictable:
+            return None
+        answer = _ask_router(site, hidden if site.is_flat else hidden.unsqueeze(0))
+        if answer is None or site.is_routing_whole:
+            return answer
+        return answer._replace(top_k_weights=None)
+
+
+def router_logits(site: MoeSite, output: Any) -> Tensor | None:
+    """Read the logits (T, E) from what a site's router gave; None where it gives none."""
+    # The logits come first: with K equal to E the last floats are the weights.
+    for value in _tensors(output):
+        if value.is_floating_point() and value.shape[-1] == site.num_experts:
+            return value.reshape(-1, site.num_experts)
+    return None
+
+
+def _ask_router(site: MoeSite, hidden: Tensor) -> RouterOutput | None:
+    if site.router is None:
         return None
-    with torch.no_grad():
-        hidden = residual if site.norm is None else site.norm(residual)
-        if not site.is_flat:
-            hidden = hidden.unsqueeze(0)
-        output = site.router(hidden, *site.router_args, **site.router_kwargs)
+    output = site.router(hidden, *site.router_args, **site.router_kwargs)
     return _read_router_output(output, site)
 
 
-def _read_router_output(output: Any, site: MoeSite) -> RouterOutput | None:
+def _tensors(output: Any) -> list[Tensor]:
     given = output if isinstance(output, list | tuple) else (output,)
-    tensors = [value for value in given if isinstance(value, Tensor)]
-    floats = [value for value in tensors if value.is_floating_point()]
-    logits = next((f for f in floats if f.shape[-1] == site.num_experts), None)
+    return [value for value in given if isinstance(value, Tensor)]
+
+
+def _read_router_output(output: Any, site: MoeSite) -> RouterOutput | None:
+    logits = router_logits(site, output)
+    tensors = _tensors(output)
     index = next((t for t in tensors if not t.is_floating_point()), None)
     if index is None:
-        # a router that is only a projection; the choice of the largest is made by its block
+        # A router that is only a projection; the choice of the largest is made by its block.
         if logits is None or site.top_k is None:
             return None
-        logits = logits.reshape(-1, site.num_experts)
         weights, index = torch.softmax(logits.float(), -1).topk(site.top_k, -1)
         return RouterOutput(index, weights, logits)
-    # the logits come first, so with K equal to E the last float is the weights
+    floats = [t for t in tensors if t.is_floating_point()]
     weights_found = [f for f in floats if f.shape[-1] == index.shape[-1]]
     if not weights_found:
         return None
     index = index.reshape(-1, index.shape[-1])
-    return RouterOutput(
-        index,
-        weights_found[-1].reshape(index.shape),
-        None if logits is None else logits.reshape(-1, site.num_experts),
-    )
+    return RouterOutput(index, weights_found[-1].reshape(index.shape), logits)

@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from foreload.types import Prediction
+from foreload.predict.ranking import make_prediction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from foreload.types import RouterOutput, RoutingEvent
+    from foreload.types import Prediction, RouterOutput, RoutingEvent
 
     EarlyRouter = Callable[[Tensor], RouterOutput | None]
 
-__all__ = ["DefaultVectors", "Lookahead", "default_vector_estimate", "rank_experts"]
-
-_SURELY_CHOSEN = 1.0
-_LEAST = 1e-3
+__all__ = ["DefaultVectors", "Lookahead", "default_vector_estimate"]
 
 
 class Lookahead:
@@ -56,23 +53,22 @@ class Lookahead:
         self._max_distance = max_distance
         self._num_extra = num_extra
 
-    def predict(self, event: RoutingEvent) -> list[Prediction]:
-        """Guess the routing of the next `max_distance` layers."""
-        if event.residual is None:
+    def predict(self, event: RoutingEvent, *, nearest: int = 1) -> list[Prediction]:
+        """Guess the routing of the next `max_distance` layers, from the `nearest` on."""
+        if event.residual is None or nearest > self._max_distance:
             return []
-        stream = self._estimate(event)
+        stream = self.estimate(event)
         predictions = []
-        for distance in range(1, self._max_distance + 1):
+        for distance in range(nearest, self._max_distance + 1):
             layer = event.layer + distance
             if layer >= len(self._routers):
                 break
             output = self._routers[layer](stream)
             if output is not None:
-                guess = rank_experts(output, self._num_extra)
-                predictions.append(Prediction(layer, distance, *guess))
+                predictions.append(make_prediction(output, layer, distance, self._num_extra))
         return predictions
 
-    def _estimate(self, event: RoutingEvent) -> Tensor:
+    def estimate(self, event: RoutingEvent) -> Tensor:
         """Give the stream that stands for the coming layers' router input, (..., H)."""
         if event.residual is None:
             raise ValueError("no residual")
@@ -103,12 +99,13 @@ class DefaultVectors(Lookahead):
         super().__init__(routers, max_distance=max_distance, num_extra=num_extra)
         self._vectors = default_vectors
 
-    def _estimate(self, event: RoutingEvent) -> Tensor:
-        residual = super()._estimate(event)
+    def estimate(self, event: RoutingEvent) -> Tensor:
+        """Give the residual with the stand-in for the MoE output added, (..., H)."""
+        residual = super().estimate(event)
         vectors = self._vectors[event.layer]
         if vectors is None:
             return residual
-        estimate = default_vector_estimate(event.top_k_index, event.top_k_weights, vectors)
+        estimate = default_vector_estimate(*event.executed_routing, vectors)
         return residual + estimate.to(residual.dtype).view(residual.shape)
 
 
@@ -131,39 +128,3 @@ def default_vector_estimate(
     chosen = default_vectors[top_k_index]  # (T, K, H)
     weights = top_k_weights.to(default_vectors.dtype)
     return torch.einsum("tk,tkh->th", weights, chosen)
-
-
-def rank_experts(
-    output: RouterOutput, num_extra: int
-) -> tuple[tuple[int, ...], tuple[float, ...], int]:
-    """Rank experts by how likely a layer wants them.
-
-    For one token: the router's own choice first, then the best of the rest. Confidence is the
-    distance of an expert's logit from the line between chosen and not, in standard deviations of
-    the logits. For several tokens: by the share of tokens that choose an expert.
-
-    Returns:
-        The ranked experts, their confidence, and how many would be demanded if the guess held.
-    """
-    index = output.top_k_index.reshape(-1, output.top_k_index.shape[-1])
-    if index.shape[0] > 1:
-        experts, counts = torch.unique(index, return_counts=True)
-        order = torch.argsort(counts, descending=True, stable=True)
-        shares = (counts[order] / index.shape[0]).tolist()
-        return tuple(experts[order].tolist()), tuple(shares), len(shares)
-    chosen = index[0].tolist()
-    if output.logits is None:
-        return tuple(chosen), (_SURELY_CHOSEN,) * len(chosen), len(chosen)
-    logits = output.logits.reshape(-1).float()
-    scores = ((logits - logits.mean()) / (logits.std() + 1e-9)).tolist()
-    picked = set(chosen)
-    chosen.sort(key=lambda expert: -scores[expert])
-    rest = sorted((e for e in range(len(scores)) if e not in picked), key=lambda e: -scores[e])
-    line = (scores[chosen[-1]] + scores[rest[0]]) / 2 if rest else scores[chosen[-1]]
-    ranked = chosen + rest[:num_extra]
-    # Routers with groups or biases do not choose by logit alone: the sign follows their choice.
-    confidence = [
-        max(scores[e] - line, _LEAST) if e in picked else min(scores[e] - line, -_LEAST)
-        for e in ranked
-    ]
-    return tuple(ranked), tuple(confidence), len(chosen)

@@ -1,4 +1,8 @@
-"""Replays a trace through the engine's own cache: what any policy would have missed."""
+"""Replays a trace through the engine's own cache: what any policy would have missed.
+
+Knows no time, and so no prefetch: `trace.simulate` has both, and counts the same misses without a
+predictor. This is the shorter way to them, and the only one to Belady's.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,8 @@ def replay(
         trace: Recorded routing.
         num_slots: Slots of the cache.
         eviction: A policy's name, "belady" for the best possible, "none" to keep nothing.
-        count_from: First step that is counted; earlier ones only fill the cache.
+        count_from: First step that is counted; earlier ones only fill the cache, and so do
+            prefills.
     """
     if eviction == "belady":
         return _replay_belady(trace, num_slots, count_from)
@@ -58,7 +63,7 @@ def replay(
             cache.observe(layer, counts, visit.num_tokens, visit.routing or None)
             keys = [ExpertKey(layer, expert) for expert in visit.experts]
             resident = [key for key in keys if cache.lookup(key) is Lookup.HIT]
-            if step >= count_from:
+            if step >= count_from and not trace.is_prefill(step):
                 hits += len(resident)
                 lookups += len(keys)
             _serve(cache, keys, resident, keep=eviction != "none")
@@ -78,7 +83,7 @@ def _replay_belady(trace: RoutingTrace, num_slots: int, count_from: int) -> Repl
             counts = dict(zip(visit.experts, visit.counts, strict=True))
             policy.observe(layer, counts, visit.num_tokens)
             flat = layer * trace.num_experts + np.asarray(visit.experts, dtype=np.int64)
-            if step >= count_from:
+            if step >= count_from and not trace.is_prefill(step):
                 hits += int(held[flat].sum())
                 lookups += len(flat)
             held[flat] = True

@@ -1,0 +1,223 @@
+"""`foreload plan`: what fits, which settings to use and what to expect, before anything runs."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foreload.cli.options import DEFAULT_MODEL, ENGINE, ModelArgument, parse_budgets
+from foreload.cli.terminal import Terminal
+from foreload.cli.verb import verb
+from foreload.config import EngineConfig, format_bytes, parse_size
+from foreload.errors import ConfigError
+
+if TYPE_CHECKING:
+    from foreload.bench.planner import RunPlan
+
+__all__ = ["plan"]
+
+_ONLY_DTYPE = ENGINE.without(*(p.name for p in ENGINE.parameters if p.name != "dtype"))
+_MACHINE = "Machine"
+
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Recorded routing, by `foreload trace` or as route_trace CSV.",
+        show_default="none: hit rates are then not known",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+BudgetsOption = Annotated[str, typer.Option(help="Expert memories, in percent of all experts.")]
+DiskOption = Annotated[
+    str | None,
+    typer.Option(
+        help='What the disk delivers per second, such as "3GB".',
+        metavar="SIZE",
+        show_default="measured",
+        rich_help_panel=_MACHINE,
+    ),
+]
+BandwidthOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What a product of a matrix and a vector reads from memory per second.",
+        metavar="SIZE",
+        show_default="measured",
+        rich_help_panel=_MACHINE,
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory the model may take.",
+        metavar="SIZE",
+        show_default="what is free",
+        rich_help_panel=_MACHINE,
+    ),
+]
+LayerOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Milliseconds that each MoE layer costs beside its bytes.",
+        metavar="MS",
+        show_default="measured",
+        min=0.0,
+        rich_help_panel=_MACHINE,
+    ),
+]
+
+_FIGURES = {
+    "disk_bytes_s": "disk",
+    "memory_bytes_s": "memory bandwidth",
+    "flop_s": "arithmetic",
+    "layer_s": "beside bytes, per MoE layer",
+    "prediction_s": "guessing, per MoE layer",
+    "compute_share": "speed of computing beside copies",
+    "copy_share": "speed of copies beside computing",
+}
+_LIMITS = {"wire": "the disk", "compute": "computing"}
+
+
+@verb(_ONLY_DTYPE)
+def plan(
+    terminal: Terminal,
+    settings: EngineConfig,
+    model: ModelArgument = DEFAULT_MODEL,
+    trace: TraceOption = None,
+    budgets: BudgetsOption = "10,25,50,75,100",
+    disk_bandwidth: DiskOption = None,
+    memory_bandwidth: BandwidthOption = None,
+    memory: MemoryOption = None,
+    layer_overhead: LayerOption = None,
+) -> None:
+    """Tell what fits, which settings to use, and what time per token to expect.
+
+    Reads headers only; figures of the machine that are not given are measured on this one, in a
+    few seconds.
+    """
+    shares = parse_budgets(budgets)
+    bandwidths = [
+        None if text is None else float(_parse_size(text, name))
+        for text, name in (
+            (disk_bandwidth, "--disk-bandwidth"),
+            (memory_bandwidth, "--memory-bandwidth"),
+        )
+    ]
+    memory_bytes = None if memory is None else _parse_size(memory, "--memory")
+    with terminal.status("Starting"):
+        from foreload.bench.planner import GivenFigures, make_run_plan
+
+    given = GivenFigures(
+        disk_bytes_s=bandwidths[0],
+        memory_bytes_s=bandwidths[1],
+        memory_bytes=memory_bytes,
+        layer_s=None if layer_overhead is None else layer_overhead / 1000,
+    )
+    with terminal.progress() as report:
+        answer = make_run_plan(
+            model,
+            dtype=settings.dtype,
+            given=given,
+            budgets=shares,
+            trace=trace,
+            progress=report,
+        )
+    terminal.print_json(answer.to_dict())
+    terminal.show(_machine_table(answer))
+    terminal.show(_arms_table(answer))
+    terminal.show(_advice(answer))
+    for note in answer.notes:
+        terminal.note(note)
+
+
+def _parse_size(text: str, option: str) -> int:
+    if "%" in text:
+        raise typer.BadParameter(f"{option} {text!r}: a percentage of what?")
+    try:
+        return parse_size(text, whole_bytes=0, setting=option)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _machine_table(answer: "RunPlan") -> Any:
+    from rich.table import Table
+
+    table = Table(title="Machine", title_justify="left")
+    for name in ("figure", "value", ""):
+        table.add_column(name)
+    machine = answer.machine
+    for name, label in _FIGURES.items():
+        origin = machine.origins[name]
+        table.add_row(label, _written(name, getattr(machine.rates, name)), origin)
+    table.add_row("memory", format_bytes(machine.memory_bytes), machine.origins["memory_bytes"])
+    return table
+
+
+def _arms_table(answer: "RunPlan") -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{answer.model}: {answer.num_slots} experts of {format_bytes(answer.slot_bytes)}, "
+        f"everything else {format_bytes(answer.dense_bytes)}",
+        title_justify="left",
+        caption=_caption(answer),
+        caption_justify="left",
+    )
+    for name in ("expert memory", "fits", "arm", "hits", "copies ms", "ms per token"):
+        is_text = name in ("arm", "fits")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    before = 0
+    for arm in answer.arms:
+        memory, fits = f"{format_bytes(arm.num_slots * answer.slot_bytes)}, {arm.budget:.0%}", "yes"
+        if arm.num_slots > answer.num_fitting:
+            fits = "no"
+        if arm.num_slots == before:
+            memory, fits = "", ""
+        elif before and answer.basis == "trace":
+            table.add_section()
+        before = arm.num_slots
+        hits, wire = f"{arm.hit_rate:.2f}", f"{arm.wire_s * 1000:.1f}"
+        table.add_row(memory, fits, arm.arm, hits, wire, _range(arm.best_tpot_s, arm.tpot_s))
+    return table
+
+
+def _caption(answer: "RunPlan") -> str:
+    bounds = (
+        f"on demand {answer.on_demand_s * 1000:.1f} ms per token, "
+        f"all resident {answer.resident_s * 1000:.1f}"
+    )
+    if answer.basis == "trace":
+        return f"{bounds}; simulated on the trace"
+    return f"{bounds}; ranges: perfect prefetch to none, hits as if routing knew no past"
+
+
+def _advice(answer: "RunPlan") -> str:
+    advice = answer.recommendation
+    if advice.tpot_s is None or advice.best_tpot_s is None:
+        return f"It does not fit: {advice.reason}."
+    expected = _range(advice.best_tpot_s, advice.tpot_s)
+    return (
+        f"Use --expert-memory {advice.expert_memory_bytes} "
+        f"({format_bytes(advice.expert_memory_bytes)}) --eviction {advice.eviction} "
+        f"--predictor {advice.predictor}: expect {expected} ms per token. "
+        f"Limited by {_LIMITS[advice.limit]}: {advice.reason}."
+    )
+
+
+def _range(low_s: float, high_s: float) -> str:
+    low, high = f"{low_s * 1000:.1f}", f"{high_s * 1000:.1f}"
+    return high if low == high else f"{low} to {high}"
+
+
+def _written(name: str, value: float) -> str:
+    if math.isinf(value):
+        return "no limit"
+    if name == "flop_s":
+        return f"{value / 1e9:.0f} GFLOP/s"
+    if name.endswith("_bytes_s"):
+        return f"{value / 1e9:.2f} GB/s"
+    if name.endswith("_share"):
+        return f"{value:.0%}"
+    return f"{value * 1000:.3f} ms"

@@ -1,0 +1,143 @@
+"""The equations of a token's time: what bounds it, and what overlap can and cannot hide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from foreload.cost import (
+    DecodeWork,
+    MachineRates,
+    cached_s,
+    copy_s,
+    dense_s,
+    expert_s,
+    overlap_s,
+    prefetched_s,
+    resident_s,
+    roofline_s,
+    wire_limit_s,
+    wire_s,
+)
+from foreload.errors import ConfigError
+
+WORK = DecodeWork(
+    num_layers=4,
+    num_experts=16,
+    top_k=4,
+    expert_bytes=100,
+    stored_bytes=50,
+    expert_flop=100,
+    dense_bytes=800,
+    dense_flop=800,
+)
+# An expert takes 1 s, a layer's dense part 2 s, a copy 5 s; a token computes for 24 s.
+MACHINE = MachineRates(disk_bytes_s=10, memory_bytes_s=100)
+
+
+def test_a_token_reads_its_dense_part_and_its_experts() -> None:
+    assert WORK.token_bytes == 800 + 16 * 100
+    assert WORK.token_flop == 800 + 16 * 100
+    assert resident_s(WORK, MACHINE) == pytest.approx(WORK.token_bytes / 100)
+
+
+def test_the_slower_of_memory_and_arithmetic_decides() -> None:
+    assert roofline_s(300, 300, MACHINE) == 3.0
+    assert roofline_s(300, 300, replace(MACHINE, flop_s=50)) == 6.0
+    assert expert_s(WORK, replace(MACHINE, flop_s=50)) == 2.0
+
+
+def test_calls_cost_the_same_in_every_layer() -> None:
+    assert dense_s(WORK, MACHINE) == 2.0
+    slow = replace(MACHINE, layer_s=0.5)
+    assert dense_s(WORK, slow) == 2.5
+    assert resident_s(WORK, slow) == resident_s(WORK, MACHINE) + 4 * 0.5
+
+
+def test_the_wire_carries_what_misses_as_it_is_stored() -> None:
+    assert copy_s(WORK, MACHINE) == 5.0
+    assert wire_s(WORK, MACHINE, 0.0) == 16 * 5.0
+    assert wire_s(WORK, MACHINE, 0.75) == 4 * 5.0
+    assert wire_limit_s(WORK, MACHINE, 0.75) == 24.0
+    assert wire_limit_s(WORK, MACHINE, 0.0) == 80.0
+
+
+def test_overlap_hides_the_shorter_where_nothing_disturbs() -> None:
+    assert overlap_s(3, 7, MACHINE) == 7
+    assert overlap_s(7, 3, MACHINE) == 7
+    assert overlap_s(7, 0, MACHINE) == 7
+
+
+def test_shares_that_add_up_to_one_leave_nothing_to_gain() -> None:
+    sharing = replace(MACHINE, compute_share=0.6, copy_share=0.4)
+    assert overlap_s(3, 7, sharing) == pytest.approx(10)
+    assert overlap_s(7, 3, sharing) == pytest.approx(10)
+
+
+def test_what_is_left_of_the_longer_one_runs_at_full_speed() -> None:
+    halved = replace(MACHINE, compute_share=0.5)
+    # 2 s of computing take 4 s beside copies; the other 6 s of copying are undisturbed.
+    assert overlap_s(2, 10, halved) == pytest.approx(10)
+    # 2 s of copying cost 1 s of computing.
+    assert overlap_s(10, 2, halved) == pytest.approx(11)
+
+
+def test_on_demand_waits_for_all_copies_and_computes_the_last_expert_after_them() -> None:
+    # dense 2 s, four copies of 5 s with three experts beside them, the last expert 1 s.
+    assert cached_s(WORK, MACHINE, 0.0) == pytest.approx(4 * (2 + 20 + 1))
+
+
+def test_a_cache_lies_between_on_demand_and_all_resident() -> None:
+    times = [cached_s(WORK, MACHINE, rate) for rate in (0.0, 0.3, 0.5, 0.9, 1.0)]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == resident_s(WORK, MACHINE)
+
+
+def test_half_a_miss_costs_half_of_what_a_miss_costs() -> None:
+    one = cached_s(WORK, MACHINE, 0.75)
+    none = cached_s(WORK, MACHINE, 1.0)
+    assert cached_s(WORK, MACHINE, 0.875) == pytest.approx((one + none) / 2)
+
+
+def test_perfect_prefetch_reaches_the_wire_limit() -> None:
+    for rate in (0.0, 0.5, 0.9):
+        assert prefetched_s(WORK, MACHINE, rate) == wire_limit_s(WORK, MACHINE, rate)
+
+
+def test_prefetch_without_recall_gains_nothing() -> None:
+    for rate in (0.0, 0.5, 0.9):
+        assert prefetched_s(WORK, MACHINE, rate, 0.0) == cached_s(WORK, MACHINE, rate)
+
+
+def test_better_guesses_never_cost_time() -> None:
+    times = [prefetched_s(WORK, MACHINE, 0.5, recall) for recall in (0.0, 0.4, 0.8, 1.0)]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > times[-1]
+
+
+def test_guessing_is_charged_for() -> None:
+    guessing = replace(MACHINE, prediction_s=0.25)
+    assert prefetched_s(WORK, guessing, 0.5) == prefetched_s(WORK, MACHINE, 0.5) + 4 * 0.25
+    assert cached_s(WORK, guessing, 0.5) == cached_s(WORK, MACHINE, 0.5)
+
+
+def test_uniform_routing_hits_what_fits() -> None:
+    assert WORK.share_that_fits(16) == 0.25
+    assert WORK.share_that_fits(1000) == 1.0
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"disk_bytes_s": 0},
+        {"memory_bytes_s": -1},
+        {"flop_s": float("nan")},
+        {"layer_s": -0.1},
+        {"compute_share": 0},
+        {"copy_share": 1.5},
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused(rates: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(rates))):
+        replace(MACHINE, **rates)
