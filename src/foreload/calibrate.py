@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
 
-__all__ = ["PREVIOUS_TOKEN", "CalibrationReport", "calibrate"]
+__all__ = ["PREVIOUS_TOKEN", "CalibrationReport", "calibrate", "encode"]
 
 PREVIOUS_TOKEN = "previous-token"
 
@@ -108,7 +108,7 @@ def calibrate(
             "a calibration watches the residual stream, and this engine does not",
             hint='open the engine with predictor="lookahead"',
         )
-    token_ids = _encode(engine, text, max_tokens)
+    token_ids = encode(engine, text, max_tokens)
     cut = int(_CALIBRATED_SHARE * len(token_ids))
     measured, held_out = token_ids[:cut], token_ids[cut:][:max_held_out_tokens]
 
@@ -142,7 +142,12 @@ def calibrate(
     )
 
 
-def _encode(engine: Engine, text: str | Sequence[int], max_tokens: int) -> list[int]:
+def encode(engine: Engine, text: str | Sequence[int], max_tokens: int) -> list[int]:
+    """Give the first token ids of a text.
+
+    Raises:
+        ConfigError: They are too few to calibrate on, or the checkpoint has no tokenizer.
+    """
     if not isinstance(text, str):
         token_ids = list(text)
     elif engine.tokenizer is None:

@@ -254,7 +254,7 @@ class Engine:
 
     def make_cache(self) -> Any:
         """Make an empty KV cache for one sequence, to be passed to `engine.model`."""
-        return make_kv_cache(self.model.config)
+        return make_kv_cache(self.model)
 
     def close(self) -> None:
         """Stop the copies and let go of the experts' memory; may be called twice."""

@@ -253,9 +253,9 @@ class _Training:
         spec = engine.spec
         self._path = estimator_path(engine.cache_dir, spec.identity)
         self._state_path = self._path.with_suffix(".training")
-        self._experts = {
-            router.site.layer: router.site.num_experts for router in engine.early_routers()[1:]
-        }
+        sites = [router.site for router in engine.early_routers()[1:]]
+        self._experts = {site.layer: site.num_experts for site in sites}
+        self._can_execute = all(site.is_routing_whole for site in sites)
         held_out = min(_MAX_HELD_OUT_TOKENS, int(_HELD_OUT_SHARE * len(token_ids)))
         cut = len(token_ids) - max(held_out, _MIN_TOKENS // 2)
         half = (cut + len(token_ids)) // 2
@@ -284,7 +284,7 @@ class _Training:
         """Train, choose, measure, save."""
         position = self._read_state()
         with _restored(self._engine):
-            choosing = self._collect(self._choose_ids, "Held-out text")
+            choosing = self._collect(self._choose_ids, "Held-out text", has_plain=True)
             for number, part in enumerate(self._rounds):
                 first = position[1] if number == position[0] else 0
                 if number < position[0] or (first and first >= part.num_passes):
@@ -311,17 +311,17 @@ class _Training:
             stop = min(start + room, len(self._train_ids))
             rounds.append(_Round(start, stop, passes, False, done))
             done += passes * Fitter.batches_in(stop - start)
-        if all(self._routers[layer].router.site.is_routing_whole for layer in self._routers):  # type: ignore[attr-defined]
+        if self._can_execute:
             # Half as many tokens, because each is there twice: as it is, and under speculation.
             stop = min(room // 2, max(window, len(self._train_ids) // 4), len(self._train_ids))
             rounds.append(_Round(0, stop, max(1, passes // 2), True, done))
             done += rounds[-1].num_passes * Fitter.batches_in(2 * stop)
         return rounds, done
 
-    def _run_round(
-        self, number: int, part: _Round, first: int, choosing: FeatureBuffer
-    ) -> None:
+    def _run_round(self, number: int, part: _Round, first: int, choosing: FeatureBuffer) -> None:
         """Collect a part of the text and train on it."""
+        if self._num_worse >= _PATIENCE and not part.is_on_policy:
+            return
         stage = "Collecting on-policy" if part.is_on_policy else "Collecting"
         if part.is_on_policy and first == 0:
             self._load_best()
@@ -349,12 +349,18 @@ class _Training:
             )
 
     def _collect(
-        self, token_ids: list[int], stage: str, *, is_on_policy: bool = False
+        self,
+        token_ids: list[int],
+        stage: str,
+        *,
+        is_on_policy: bool = False,
+        has_plain: bool = False,
     ) -> FeatureBuffer:
         return self._collector.collect(
             token_ids,
             lambda done: self._progress(stage, done, len(token_ids)),
             is_on_policy=is_on_policy,
+            has_plain=has_plain,
         )
 
     def _keep_if_best(self, choosing: FeatureBuffer) -> float:
@@ -392,10 +398,11 @@ class _Training:
                 hidden, true = features.hidden[layer][rows], features.index[layer][rows]
                 with torch.no_grad():
                     answers = {
-                        "lookahead": router.router.route(features.plain[layer][rows]),
                         "default-vectors": router.router.route(hidden),
                         "estimator": router.ask(hidden, features.previous[layer][rows]),
                     }
+                    if features.plain:
+                        answers["lookahead"] = router.router.route(features.plain[layer][rows])
                 for name, answer in answers.items():
                     if answer is None:
                         continue
@@ -413,15 +420,14 @@ class _Training:
         depths = sorted(
             {min(n, spec.num_experts) for n in (spec.top_k, spec.top_k + 2, 2 * spec.top_k)}
         )
-        test = self._collect(self._test_ids, "Recall")
+        test = self._collect(self._test_ids, "Recall", has_plain=True)
         recall = self._recall(test, depths)
         recall[HYBRID] = {layer: recall[choices[layer]][layer] for layer in self._experts}
         under: dict[int, float] = {}
         if self._rounds[-1].is_on_policy:
-            speculated = self._collect(self._test_ids, "Recall on-policy", is_on_policy=True)
-            half = speculated.size // 2
-            tail = speculated.rows(half, speculated.size)
-            found = self._recall(tail, depths[:1])["estimator"]
+            both = self._collect(self._test_ids, "Recall on-policy", is_on_policy=True)
+            speculated = both.rows(both.size // 2, both.size)
+            found = self._recall(speculated, depths[:1])["estimator"]
             under = {layer: shares[depths[0]] for layer, shares in found.items()}
         trained = TrainedEstimator(self._networks, choices, self._vectors)
         width = self._settings["width"]
@@ -563,6 +569,7 @@ class _Collector:
         report: Callable[[int], None],
         *,
         is_on_policy: bool = False,
+        has_plain: bool = False,
     ) -> FeatureBuffer:
         """Run a text in windows that know nothing of each other.
 
@@ -571,12 +578,17 @@ class _Collector:
             report: Told the tokens done.
             is_on_policy: Run each window a second time with the networks' predictions executed;
                 its features follow those of the first time, in the second half of the buffer.
+            has_plain: Keep the estimate without default vectors too.
         """
         spec, runtime = self._engine.spec, self._engine.runtime
         times = 2 if is_on_policy else 1
         buffer = FeatureBuffer(
-            self._experts, times * len(token_ids), spec.hidden_size, spec.top_k,
-            self._engine.model.dtype, has_plain=True,
+            self._experts,
+            times * len(token_ids),
+            spec.hidden_size,
+            spec.top_k,
+            self._engine.model.dtype,
+            has_plain=has_plain,
         )
         window = _window_tokens(self._engine)
         runtime.on_routing = lambda event, wanted: self._see(buffer, event)
@@ -621,7 +633,9 @@ class _Collector:
             if answer is None or answer.logits is None:
                 raise UnsupportedModelError(f"the router of MoE layer {layer} gives no logits")
             scores = self._routers[layer].rule.log_scores(answer.logits)
-            buffer.hidden[layer][rows], buffer.plain[layer][rows] = self._pending
+            buffer.hidden[layer][rows], plain = self._pending
+            if buffer.plain:
+                buffer.plain[layer][rows] = plain
             buffer.previous[layer][rows][1:] = true[:-1]
             buffer.target[layer][rows] = torch.softmax(scores, -1)
             buffer.index[layer][rows] = event.top_k_index

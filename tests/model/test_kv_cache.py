@@ -39,7 +39,7 @@ def run(model: PreTrainedModel, cache: Any, tokens: torch.Tensor) -> torch.Tenso
 
 
 def both(model: PreTrainedModel) -> tuple[DynamicCache, DynamicCache]:
-    return make_kv_cache(model.config), DynamicCache(config=model.config)
+    return make_kv_cache(model), DynamicCache(config=model.config)
 
 
 def test_prefill_and_decode_are_equal(model: PreTrainedModel) -> None:
@@ -59,7 +59,7 @@ def test_cropping_forgets_the_last_tokens(model: PreTrainedModel) -> None:
     tokens = zoo.prompt(3) + 40
     assert torch.equal(run(model, ours, tokens), run(model, theirs, tokens))
     assert_equal(ours, theirs)
-    fresh = make_kv_cache(model.config)
+    fresh = make_kv_cache(model)
     run(model, fresh, zoo.prompt(9)[:, :5])
     assert torch.allclose(run(model, fresh, tokens), run_again(model, tokens), atol=1e-4)
 
@@ -156,9 +156,21 @@ def test_low_precision_is_kept() -> None:
 
 
 def test_layers_that_are_bounded_anyway_stay_transformers_own() -> None:
-    config = zoo.build_family("gpt_oss").config
-    kinds = [type(layer).__name__ for layer in make_kv_cache(config).layers]
+    gpt_oss = zoo.build_family("gpt_oss")
+    kinds = [type(layer).__name__ for layer in make_kv_cache(gpt_oss).layers]
     assert set(kinds) == {"_GrowingLayer", "DynamicSlidingWindowLayer"}
+
+
+def test_a_model_with_a_cache_class_of_its_own_gets_that() -> None:
+    minimax = zoo.build_tiny("minimax").model
+    ours = make_kv_cache(minimax)
+    assert type(ours).__name__ == "MiniMaxCache"
+    with torch.no_grad():
+        first = minimax(input_ids=zoo.prompt(9)[:, :5], past_key_values=ours, use_cache=True)
+        second = minimax(input_ids=zoo.prompt(9)[:, 5:], past_key_values=ours, use_cache=True)
+        whole = minimax(input_ids=zoo.prompt(9), use_cache=True).last_hidden_state
+    parts = [first.last_hidden_state, second.last_hidden_state]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
 
 
 def test_a_cache_filled_in_inference_mode_can_be_used_outside() -> None:

@@ -260,7 +260,7 @@ def run_stock_arm(
             logits: Tensor = output.logits[0, -1]
             return logits
 
-    run = run_forced(forward, workload, make_kv_cache(model.config))
+    run = run_forced(forward, workload, make_kv_cache(model))
     is_equal = reference is None or _is_close(run.logits, reference)
     tpot_s = sum(run.step_s) / workload.num_decode_tokens
     sample = Sample(

@@ -24,6 +24,7 @@ from foreload.cli.inspect import inspect
 from foreload.cli.plan import plan
 from foreload.cli.simulate import simulate
 from foreload.cli.trace import trace
+from foreload.cli.train_estimator import train_estimator
 
 __all__ = ["app", "main"]
 
@@ -33,8 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for _verb in (generate, chat, inspect, plan, calibrate, evaluate, trace, simulate, bench):
-    app.command(_verb.__name__)(_verb)
+for _verb in (generate, chat, inspect, plan, calibrate, train_estimator, evaluate, trace, simulate, bench):
+    app.command(_verb.__name__.replace("_", "-"))(_verb)
 app.add_typer(make_model.app, name="make-model")
 
 

@@ -13,9 +13,9 @@ from foreload.cli.verb import verb
 from foreload.config import EngineConfig
 from foreload.model.source import DEMO_NAME, resolve_model
 
-__all__ = ["calibrate", "find_shipped_text"]
+__all__ = ["SHIPPED_TEXT", "calibrate", "find_shipped_text", "recall_table"]
 
-_SHIPPED_TEXT = "calibration.txt"
+SHIPPED_TEXT = "calibration.txt"
 _MAX_TOKENS = 16384
 _MAX_HELD_OUT_TOKENS = 512
 
@@ -48,7 +48,7 @@ def calibrate(
     The result is kept for this checkpoint, and the predictors auto and default-vectors use it
     from then on. An earlier one is replaced only by a complete new one.
     """
-    file = text or find_shipped_text(model, _SHIPPED_TEXT)
+    file = text or find_shipped_text(model, SHIPPED_TEXT)
     # Sixteen characters per token are more than any text has on average.
     sample = read_text(file, 16 * max_tokens)
     settings = settings.with_values(model=model, predictor="lookahead", lookahead_layers=1)
@@ -65,7 +65,7 @@ def calibrate(
             )
         config = engine.config.to_dict()
     terminal.print_json({**result.to_dict(), "text": str(file), "config": config})
-    terminal.show(_table(result))
+    terminal.show(recall_table(result))
     terminal.note(
         f"default vectors of {result.coverage * 100:.1f} % of the experts, from "
         f"{result.num_tokens} tokens, saved to {result.path}"
@@ -84,7 +84,8 @@ def find_shipped_text(model: str, name: str) -> Path:
     raise typer.BadParameter(f"give a text with --text: {model} brings no {name}")
 
 
-def _table(result: Any) -> Any:
+def recall_table(result: Any) -> Any:
+    """Lay out the recall of a report, a row per layer and a column per predictor."""
     from rich.table import Table
 
     depths = result.depths

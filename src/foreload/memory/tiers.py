@@ -81,6 +81,8 @@ class ExpertTiers:
         self._clock = clock
         self._open: dict[ExpertKey, Transfer] = {}
         self._guessed: set[ExpertKey] = set()
+        # Called off too late to be stopped; without a cache they leave as soon as they arrive.
+        self._unwanted: set[ExpertKey] = set()
         self._failed: dict[ExpertKey, TransferError] = {}
         self._views: dict[ExpertKey, dict[str, Tensor]] = {}
         self._window = 4 * transfers.num_workers
@@ -104,6 +106,8 @@ class ExpertTiers:
                 and transfer.priority is Priority.PREFETCH
             ):
                 self._transfers.cancel(transfer)
+                if not self._keep:
+                    self._unwanted.add(key)
         self.poll()
         if not self._keep:
             self._drop_wrong_guesses(layer, counts)
@@ -252,8 +256,12 @@ class ExpertTiers:
                 self._metrics.demand_bytes += transfer.bytes_moved
             for start_s, end_s in transfer.busy:
                 self._timeline.add("disk", f"{key.layer}.{key.expert}", start_s, end_s)
+            is_unwanted = key in self._unwanted
+            self._unwanted.discard(key)
             if transfer.state is TransferState.DONE:
                 self.cache.commit(key)
+                if is_unwanted:
+                    self._evict(key)
                 continue
             self.cache.abort(key)
             if key in self._guessed:
@@ -383,6 +391,7 @@ class Demand:
             self._ready.append(key)
         elif found is Lookup.PENDING:
             tiers._transfers.raise_priority(tiers._open[key])
+            tiers._unwanted.discard(key)
             self._coming.append(key)
         if key in tiers._guessed:
             tiers._guessed.remove(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,19 +15,36 @@ __all__ = ["make_kv_cache"]
 _FIRST_CAPACITY = 256
 
 
-def make_kv_cache(model_config: Any) -> DynamicCache:
-    """Make a cache for one sequence (or batch) of a model.
+def make_kv_cache(model: Any) -> DynamicCache:
+    """Make a cache for one sequence (or batch) of a transformers model.
 
     Full-attention layers grow by doubling; layers that are bounded anyway (sliding windows,
     linear attention) stay transformers' own. Cropping and reordering work as in `DynamicCache`.
+    A model that brings a cache class of its own gets that, as it accepts no other.
     """
-    cache = DynamicCache(config=model_config)
+    own = _own_cache_class(type(model))
+    if own is not None:
+        return own()
+    cache = DynamicCache(config=model.config)
     cache.layers = [
         _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = _GrowingLayer
     return cache
+
+
+def _own_cache_class(model_class: type) -> type[DynamicCache] | None:
+    """Find the cache class that a model's own module defines."""
+    module = sys.modules[model_class.__module__]
+    for value in vars(module).values():
+        if (
+            isinstance(value, type)
+            and issubclass(value, DynamicCache)
+            and value.__module__ == module.__name__
+        ):
+            return value
+    return None
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]

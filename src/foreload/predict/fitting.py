@@ -6,6 +6,7 @@ business of `foreload.train_estimator`.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,15 @@ class FeatureBuffer:
                 self.plain[layer] = torch.zeros(num_tokens, hidden_size, dtype=dtype)
             self.target[layer] = torch.zeros(num_tokens, num_experts)
             self.index[layer] = torch.zeros(num_tokens, top_k, dtype=torch.int64)
+
+    def rows(self, start: int, stop: int) -> FeatureBuffer:
+        """Give a part of the tokens; shares memory."""
+        part = copy.copy(self)
+        part.size = stop - start
+        for name in ("hidden", "plain", "previous", "target", "index"):
+            whole: dict[int, Tensor] = getattr(self, name)
+            setattr(part, name, {layer: rows[start:stop] for layer, rows in whole.items()})
+        return part
 
     @staticmethod
     def bytes_per_token(
@@ -163,7 +173,9 @@ class Fitter:
     def _learning_rate(self) -> float:
         done = self.num_done / self._num_batches
         return (
-            _LEARNING_RATE * min(1.0, (done + 1e-3) / _WARM_UP) * 0.5
+            _LEARNING_RATE
+            * min(1.0, (done + 1e-3) / _WARM_UP)
+            * 0.5
             * (1 + math.cos(math.pi * min(done, 1.0)))
         )
 
@@ -191,6 +203,6 @@ def count_right(output: RouterOutput, true: Tensor, depths: Sequence[int]) -> li
     scores = output.logits.float()
     margin = scores.amax() - scores.amin() + 1
     chosen = torch.zeros_like(scores).scatter_(1, output.top_k_index, float(margin))
-    ranking = (scores + chosen).argsort(-1, descending=True, stable=True)
+    ranking = (scores + chosen).argsort(dim=-1, descending=True, stable=True)
     found = ranking[:, :, None] == true[:, None, :]  # (T, E, K)
     return [int(found[:, :n].sum()) for n in depths]
