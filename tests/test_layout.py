@@ -24,6 +24,7 @@ TESTED_ELSEWHERE = {
     "cli/terminal.py": "tests/cli/test_command.py",
     "cli/verb.py": "tests/cli/test_command.py",
     "evaluate.py": "tests/cli/test_evaluate.py",
+    "train_estimator.py": "tests/cli/test_train_estimator.py",
 }
 
 # Modules that stand on an optional dependency as a whole: the package they import.

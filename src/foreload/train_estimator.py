@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -115,6 +116,7 @@ def train_estimator(
     engine: Engine,
     text: str | Sequence[int],
     *,
+    held_out: str | Sequence[int] | None = None,
     max_tokens: int = 1_000_000,
     num_passes: int = 4,
     width: int | None = None,
@@ -132,6 +134,7 @@ def train_estimator(
     Args:
         engine: Opened with `predictor="lookahead"`, which lets it watch the residual stream.
         text: Text like the text to be generated, or its token ids.
+        held_out: Text to measure the recall on instead of half of the last tenth.
         max_tokens: Most tokens of the text to use.
         num_passes: How often each token is trained on.
         width: Hidden units of each layer's network; None takes 128, or what 1 % of the model's
@@ -172,8 +175,9 @@ def train_estimator(
         "buffer_bytes": buffer_bytes,
         "seed": seed,
     }
+    other = None if held_out is None else encode(engine, held_out, _MAX_HELD_OUT_TOKENS)
     training = _Training(engine, vectors, token_ids, settings, progress, note)
-    return training.run()
+    return training.run(other)
 
 
 def _check_routers(engine: Engine) -> None:
@@ -280,8 +284,9 @@ class _Training:
         self._best_loss = float("inf")
         self._num_worse = 0
 
-    def run(self) -> EstimatorReport:
-        """Train, choose, measure, save."""
+    def run(self, held_out: list[int] | None) -> EstimatorReport:
+        """Train, choose, measure, save; by default measure on a part of the text."""
+        self._test_ids = held_out or self._test_ids
         position = self._read_state()
         with _restored(self._engine):
             choosing = self._collect(self._choose_ids, "Held-out text", has_plain=True)
@@ -454,20 +459,22 @@ class _Training:
 
     def _time(self, features: FeatureBuffer) -> tuple[float, float]:
         """Time asking every layer's router for single tokens, with the networks and without."""
-        spent = [0.0, 0.0]
         num_tokens = min(_NUM_TIMED_TOKENS, features.size)
+        spent: tuple[list[float], list[float]] = ([], [])
         with torch.inference_mode():
             for row in range(num_tokens):
-                for layer, router in self._routers.items():
-                    hidden = features.hidden[layer][row : row + 1]
-                    previous = features.previous[layer][row : row + 1]
+                rows = slice(row, row + 1)
+                for times, has_network in zip(spent, (True, False), strict=True):
                     start = time.perf_counter()
-                    router.ask(hidden, previous)
-                    middle = time.perf_counter()
-                    router.router.route(hidden)
-                    spent[0] += middle - start
-                    spent[1] += time.perf_counter() - middle
-        return spent[0] / num_tokens, spent[1] / num_tokens
+                    for layer, router in self._routers.items():
+                        hidden = features.hidden[layer][rows]
+                        if has_network:
+                            router.ask(hidden, features.previous[layer][rows])
+                        else:
+                            router.router.route(hidden)
+                    times.append(time.perf_counter() - start)
+        with_networks, without = (statistics.median(times) for times in spent)
+        return with_networks, without
 
     def _write_state(self, number: int, num_passes_done: int) -> None:
         """Save what is needed to go on after this pass."""

@@ -67,9 +67,7 @@ def corrected(
     router: Router, made: LayerNetwork, dtype: torch.dtype = torch.float32
 ) -> CorrectedRouter:
     rule = ScoreRule.SOFTMAX
-    return CorrectedRouter(
-        router, made, rule, num_experts=EXPERTS, hidden_size=HIDDEN, dtype=dtype
-    )
+    return CorrectedRouter(router, made, rule, num_experts=EXPERTS, hidden_size=HIDDEN, dtype=dtype)
 
 
 def event(layer: int, step: int = 0, num_tokens: int = 1, *, is_seen: bool = True) -> RoutingEvent:
@@ -116,8 +114,9 @@ class TestCorrection:
         assert router.asked[-1].dtype == torch.bfloat16
 
     def test_it_can_be_made_and_asked_in_inference_mode(self) -> None:
+        router, made = Router(0), network(seed=3)
         with torch.inference_mode():
-            bound = corrected(Router(0), network(seed=3))
+            bound = corrected(router, made)
             bound.ask(random(1, HIDDEN), random(1, HIDDEN))
 
 

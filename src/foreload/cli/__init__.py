@@ -34,7 +34,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for _verb in (generate, chat, inspect, plan, calibrate, train_estimator, evaluate, trace, simulate, bench):
+for _verb in (
+    generate,
+    chat,
+    inspect,
+    plan,
+    calibrate,
+    train_estimator,
+    evaluate,
+    trace,
+    simulate,
+    bench,
+):
     app.command(_verb.__name__.replace("_", "-"))(_verb)
 app.add_typer(make_model.app, name="make-model")
 

@@ -28,6 +28,15 @@ TextOption = Annotated[
         show_default="the model's calibration.txt",
     ),
 ]
+HeldOutOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text to measure the recall on.",
+        exists=True,
+        dir_okay=False,
+        show_default="half of the text's last tenth",
+    ),
+]
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens of the text to use.", min=64)]
 PassesOption = Annotated[int, typer.Option(help="How often each token is trained on.", min=1)]
 WidthOption = Annotated[
@@ -50,6 +59,7 @@ def train_estimator(
     settings: EngineConfig,
     model: ModelArgument = DEFAULT_MODEL,
     text: TextOption = [],  # noqa: B006
+    held_out: HeldOutOption = None,
     max_tokens: MaxTokensOption = _MAX_TOKENS,
     passes: PassesOption = 4,
     width: WidthOption = None,
@@ -77,6 +87,7 @@ def train_estimator(
             result = training.train_estimator(
                 engine,
                 sample,
+                held_out=None if held_out is None else read_text(held_out),
                 max_tokens=max_tokens,
                 num_passes=passes,
                 width=width,

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from foreload.errors import CheckpointError
+from foreload.ops.scores import ScoreRule
 from foreload.predict.ranking import make_prediction
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from foreload.ops.scores import ScoreRule
     from foreload.types import Prediction, RouterOutput, RoutingEvent
 
 __all__ = [
@@ -85,7 +85,7 @@ class LayerNetwork(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """Give what to add to the router's log scores, (T, E) float32.
+        """Give what to add to the router's logits, (T, E) float32.
 
         Args:
             hidden: (T, H) the router's input as estimated.
@@ -145,7 +145,7 @@ class CorrectedRouter:
 def _directions(
     router: _Router, rule: ScoreRule, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Give per expert the least change of a unit input that raises its log score by one, (E, H)."""
+    """Give per expert the least change of a unit input that raises its logit by one, (E, H)."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():
         point = torch.randn(shape[1], generator=generator)
@@ -153,7 +153,9 @@ def _directions(
         output = router.route(points.to(dtype))
         if output is None or output.logits is None:
             raise ValueError("this router cannot be asked early")
-        scores = rule.log_scores(output.logits)
+        # Softmax hides what all logits gain alike; of what is already a score, logarithms add up.
+        is_score = rule is ScoreRule.GIVEN
+        scores = rule.log_scores(output.logits) if is_score else output.logits.float()
         (slopes,) = torch.autograd.grad(scores.diagonal().sum(), points)
     gram = slopes @ slopes.T
     damping = _DAMPING * gram.diagonal().mean() * torch.eye(shape[0])
@@ -343,5 +345,5 @@ class Estimator:
 
     def _recall(self, layer: int, step: int, hidden: Tensor) -> Tensor:
         """Give the layer's router input at the step before, or zeros."""
-        kept_at, previous = self._previous.get(layer, (-1, hidden))
-        return previous if kept_at == step - 1 else torch.zeros_like(hidden)
+        kept = self._previous.get(layer)
+        return kept[1] if kept and kept[0] == step - 1 else torch.zeros_like(hidden)
