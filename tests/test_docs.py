@@ -256,6 +256,7 @@ def test_reference_pages_have_every_public_thing() -> None:
         "chat",
         "inspect",
         "calibrate",
+        "train-estimator",
         "evaluate",
         "trace",
         "simulate",

@@ -44,6 +44,7 @@ from foreload.trace.simulate import (
     simulation_limits,
     wire_limit_s,
 )
+from foreload.train_estimator import EstimatorReport, train_estimator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,6 +208,9 @@ def render_api() -> Iterator[str]:
     yield from ("## foreload.calibrate", "", *function("calibrate", calibrate))
     yield from ("### CalibrationReport", "", *body(CalibrationReport), "")
     yield from methods(CalibrationReport, "#### ")
+    yield from ("## foreload.train_estimator", "", *function("train_estimator", train_estimator))
+    yield from ("### EstimatorReport", "", *body(EstimatorReport), "")
+    yield from methods(EstimatorReport, "#### ")
     yield from ("## foreload.evaluate", "", *function("evaluate", evaluate))
     for cls in (EvaluationReport, Interval, TokenQuality):
         yield from (f"### {cls.__name__}", "", *body(cls), "")

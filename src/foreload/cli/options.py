@@ -61,7 +61,7 @@ ModelArgument = Annotated[
 CacheDirOption = Annotated[
     Path | None,
     typer.Option(
-        help="Where calibrations are kept.",
+        help="Where calibrations and estimators are kept.",
         show_default="~/.cache/foreload",
         file_okay=False,
         rich_help_panel="Engine",

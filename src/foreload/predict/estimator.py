@@ -159,7 +159,8 @@ def _directions(
         (slopes,) = torch.autograd.grad(scores.diagonal().sum(), points)
     gram = slopes @ slopes.T
     damping = _DAMPING * gram.diagonal().mean() * torch.eye(shape[0])
-    return torch.linalg.solve(gram + damping, slopes)
+    directions: Tensor = torch.linalg.solve(gram + damping, slopes)
+    return directions
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ class Fitter:
             ).mean()
             self._optimizer.zero_grad(set_to_none=True)
             # Only the networks: the model's routers stay as they are, and get no gradients.
-            loss.backward(inputs=self._parameters)
+            loss.backward(inputs=self._parameters)  # type: ignore[no-untyped-call]
             self._optimizer.step()
             total += float(loss.detach()) * len(rows)
             self.num_done += 1
