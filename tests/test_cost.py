@@ -122,6 +122,13 @@ def test_guessing_is_charged_for() -> None:
     assert cached_s(WORK, guessing, 0.5) == cached_s(WORK, MACHINE, 0.5)
 
 
+def test_every_copy_is_asked_for_whether_hidden_or_not() -> None:
+    calling = replace(MACHINE, call_s=0.1)
+    assert cached_s(WORK, calling, 0.5) == pytest.approx(cached_s(WORK, MACHINE, 0.5) + 4 * 2 * 0.1)
+    assert prefetched_s(WORK, calling, 0.9) == pytest.approx(24.0 + 16 * 0.1 * 0.1)
+    assert resident_s(WORK, calling) == resident_s(WORK, MACHINE)
+
+
 def test_uniform_routing_hits_what_fits() -> None:
     assert WORK.share_that_fits(16) == 0.25
     assert WORK.share_that_fits(1000) == 1.0
@@ -134,6 +141,7 @@ def test_uniform_routing_hits_what_fits() -> None:
         {"memory_bytes_s": -1},
         {"flop_s": float("nan")},
         {"layer_s": -0.1},
+        {"call_s": -0.1},
         {"compute_share": 0},
         {"copy_share": 1.5},
     ],

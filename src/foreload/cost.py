@@ -79,6 +79,7 @@ class MachineRates:
         flop_s: What a product of matrices computes.
         layer_s: Seconds per MoE layer that are neither bytes nor FLOP: calls and bookkeeping.
         prediction_s: Seconds per MoE layer of guessing the coming ones.
+        call_s: Seconds that each copy costs who computes: asking for it, waking up, booking it.
         compute_share: Share of its speed that computing keeps while copies run.
         copy_share: Share of their bandwidth that copies keep while the machine computes.
     """
@@ -88,6 +89,7 @@ class MachineRates:
     flop_s: float = math.inf
     layer_s: float = 0.0
     prediction_s: float = 0.0
+    call_s: float = 0.0
     compute_share: float = 1.0
     copy_share: float = 1.0
 
@@ -95,7 +97,7 @@ class MachineRates:
         for name in ("disk_bytes_s", "memory_bytes_s", "flop_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be more than nothing")
-        for name in ("layer_s", "prediction_s"):
+        for name in ("layer_s", "prediction_s", "call_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be 0 or more")
         for name in ("compute_share", "copy_share"):
@@ -171,7 +173,7 @@ def cached_s(work: DecodeWork, machine: MachineRates, hit_rate: float) -> float:
     A layer's copies begin when its router has spoken. All its experts but the last to arrive are
     computed beside them:
 
-        dense + overlap((K - 1) * expert, misses * copy) + expert
+        dense + misses * call + overlap((K - 1) * expert, misses * copy) + expert
 
     with K * (1 - hit_rate) misses; where that is no whole number, between its neighbours'.
     """
@@ -186,7 +188,9 @@ def prefetched_s(
     Of what misses, the share `recall` was named a layer earlier and is copied beside everything;
     the rest as without prefetch. The larger of the two decides:
 
-        max(overlap(resident, wire), cached with the unnamed misses only) + L * prediction
+        max(overlap(resident + calls, wire), cached with the unnamed misses only) + L * prediction
+
+    where calls are those of all misses.
 
     Args:
         work: The model's.
@@ -194,8 +198,10 @@ def prefetched_s(
         hit_rate: Of the cache without prefetch.
         recall: Share of the misses that is predicted; wrong guesses are not charged for.
     """
-    beside = overlap_s(resident_s(work, machine), wire_s(work, machine, hit_rate), machine)
-    unnamed = _layer_s(work, machine, work.top_k * (1 - hit_rate) * (1 - recall))
+    misses = work.top_k * (1 - hit_rate)
+    compute_s = resident_s(work, machine) + work.num_layers * misses * machine.call_s
+    beside = overlap_s(compute_s, wire_s(work, machine, hit_rate), machine)
+    unnamed = _layer_s(work, machine, misses * (1 - recall))
     return max(beside, work.num_layers * unnamed) + work.num_layers * machine.prediction_s
 
 
@@ -211,4 +217,4 @@ def _whole_layer_s(work: DecodeWork, machine: MachineRates, misses: int) -> floa
     if misses == 0:
         return dense_s(work, machine) + work.top_k * expert
     beside = overlap_s((work.top_k - 1) * expert, misses * copy_s(work, machine), machine)
-    return dense_s(work, machine) + beside + expert
+    return dense_s(work, machine) + misses * machine.call_s + beside + expert

@@ -108,6 +108,13 @@ class TestPredictions:
         assert dearer == ["lookahead"]
         assert paid[3].tpot_s == pytest.approx(free[3].tpot_s + 4 * 0.01, rel=0.1)
 
+    def test_every_copy_is_paid_for(self) -> None:
+        before, after = (
+            predict_arms(WORK, rates, make_trace(), 24)[0]
+            for rates in (RATES, replace(RATES, call_s=0.01))
+        )
+        assert after.tpot_s > before.tpot_s + 4 * 0.01
+
     def test_copies_in_the_way_of_computing_cost_time(self) -> None:
         slowed = replace(RATES, compute_share=0.5, copy_share=0.5)
         trace = make_trace(predictor="lookahead")
@@ -128,7 +135,7 @@ class TestPlan:
         origins = plan.machine.origins
         for name in ("disk_bytes_s", "memory_bytes_s", "memory_bytes", "layer_s"):
             assert origins[name] == "given"
-        for name in ("flop_s", "compute_share", "copy_share", "prediction_s"):
+        for name in ("flop_s", "compute_share", "copy_share", "prediction_s", "call_s"):
             assert origins[name] == "assumed"
 
     def test_the_rest_is_measured_and_says_so(
@@ -144,13 +151,14 @@ class TestPlan:
             )
 
         monkeypatch.setattr(planner, "probe_experts", probe_experts)
-        layers = LayerProbe(layer_s=3e-4, prediction_s=1e-4)
+        layers = LayerProbe(layer_s=3e-4, prediction_s=1e-4, call_s=2e-4)
         monkeypatch.setattr(planner, "probe_layers", lambda bandwidth: layers)
         plan = make_run_plan(str(tiny_checkpoint))
         assert asked == [tiny_checkpoint]
         assert set(plan.machine.origins.values()) == {"measured"}
         rates = plan.machine.rates
-        assert (rates.disk_bytes_s, rates.flop_s, rates.layer_s) == (2e9, 1e12, 3e-4)
+        assert (rates.disk_bytes_s, rates.flop_s) == (2e9, 1e12)
+        assert (rates.layer_s, rates.prediction_s, rates.call_s) == (3e-4, 1e-4, 2e-4)
         assert (rates.compute_share, rates.copy_share) == (0.8, 0.9)
         assert rates.memory_bytes_s == pytest.approx(plan.work.expert_bytes / 1e-4)
         half = make_run_plan(str(tiny_checkpoint), given=GivenFigures(disk_bytes_s=5e9))

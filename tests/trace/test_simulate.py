@@ -111,6 +111,12 @@ class TestTimes:
         assert both.tpot_s > slowed.tpot_s
         assert both.num_hits == slowed.num_hits == alone.num_hits
 
+    def test_every_copy_may_cost_who_computes(self) -> None:
+        trace = make_trace([(0, 1)], [(0, 2)])
+        result = simulate(trace, settings(dense_s=1.0, call_s=0.3))
+        # The second copy begins when the first, of 0.1 s, has long arrived.
+        assert result.step_s == pytest.approx((1.6, 1.3))
+
     def test_latency_is_paid_per_copy(self) -> None:
         trace = make_trace([(0,)], [(1,)])
         assert simulate(trace, settings(latency_s=0.4)).tpot_s == pytest.approx(0.5)
@@ -233,6 +239,7 @@ class TestSettings:
             {"num_workers": 0},
             {"compute_share": 0.0},
             {"copy_share": 1.5},
+            {"call_s": -1.0},
             {"lookahead_layers": 0},
         ],
         ids=str,

@@ -31,6 +31,7 @@ class Bench:
         bandwidth_bytes_s: float = 100.0,
         compute_share: float = 1.0,
         copy_share: float = 1.0,
+        call_s: float = 0.0,
     ) -> None:
         self.clock = VirtualClock()
         self.link = VirtualTransfers(
@@ -41,6 +42,7 @@ class Bench:
             piece_bytes=10,
             compute_share=compute_share,
             copy_share=copy_share,
+            call_s=call_s,
         )
 
     def submit(
@@ -255,6 +257,12 @@ class TestComputing:
         bench.link.compute(1.0)
         assert bench.clock() == pytest.approx(0.6 + (1.0 - 0.3))
         assert len(bench.link.poll()) == 3
+
+    def test_asking_for_a_copy_takes_time_in_which_it_begins(self) -> None:
+        bench = Bench(call_s=0.05)
+        bench.submit(0)
+        assert bench.clock() == pytest.approx(0.05)
+        assert bench.ends() == [(0, pytest.approx(0.2))]
 
     def test_a_link_without_limits_ends_its_copies_at_once(self) -> None:
         bench = Bench(bandwidth_bytes_s=math.inf, compute_share=0.5)

@@ -303,6 +303,7 @@ def predict_arms(
                 expert_s=expert_s(work, rates),
                 compute_share=rates.compute_share,
                 copy_share=rates.copy_share,
+                call_s=rates.call_s,
                 eviction=eviction,
                 predictor=predictor,
             ),
@@ -365,10 +366,12 @@ def _measure_machine(
     if given.layer_s is not None:
         take("layer_s", given.layer_s, "given")
         take("prediction_s", 0.0, "assumed")
+        take("call_s", 0.0, "assumed")
     else:
         layers: LayerProbe = probe_layers(rates["memory_bytes_s"])
         take("layer_s", layers.layer_s, "measured")
         take("prediction_s", layers.prediction_s, "measured")
+        take("call_s", layers.call_s, "measured")
     tell("Measuring", 2, 2)
     origins["memory_bytes"] = "measured" if given.memory_bytes is None else "given"
     memory_bytes = given.memory_bytes or psutil.virtual_memory().available

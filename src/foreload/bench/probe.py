@@ -1,7 +1,7 @@
 """Measures in seconds what a machine does with a model it may not have the weights of.
 
 `probe_experts` copies and computes experts of the model's own size and type, apart and at once;
-`probe_layers` runs the shipped demo for what a layer costs beside its bytes. Nothing is decided
+`probe_layers` runs the shipped demo for what else a layer and a copy cost. Nothing is decided
 here: the figures go into `foreload.cost`.
 """
 
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
     from foreload.memory.transfer import Transfer
     from foreload.model.headers import ModelHeaders
-    from foreload.types import ExpertPlan
+    from foreload.model.hf import LoadedModel
+    from foreload.types import ExpertPlan, Predictor
 
     Weights = Mapping[str, Tensor]
 
@@ -81,10 +82,11 @@ class ExpertProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProbe:
-    """What a layer costs beside its bytes, see `MachineRates`."""
+    """What a layer and a copy cost beside their bytes, see `MachineRates`."""
 
     layer_s: float
     prediction_s: float
+    call_s: float
 
 
 def has_weights(plans: Sequence[Sequence[ExpertPlan]]) -> bool:
@@ -142,50 +144,79 @@ def probe_experts(headers: ModelHeaders, *, folder: Path | None = None) -> Exper
 
 
 def probe_layers(memory_bytes_s: float) -> LayerProbe:
-    """Run the demo, all in memory, for what its layers cost beside bytes; and with guessing.
+    """Run the demo for what its layers and its copies cost beside bytes, and what guessing costs.
 
     Its layers are so narrow that nearly all of their time is calls and bookkeeping, which a wide
-    model needs as well. What there is of dense bytes and experts' products is taken off.
+    model needs as well. What there is of dense bytes and experts' products is taken off. It runs
+    all in memory, and once more keeping nothing.
 
     Args:
         memory_bytes_s: What a product of a matrix and one vector reads.
 
     Cost:
-        One or two seconds.
+        Two seconds.
     """
     folder = resolve_model(DEMO_NAME)
     work = read_headers(folder).work
     loaded = load_model(folder)
-    config = resolve(EngineConfig(expert_memory="100%", predictor="none"), loaded)
-    lookahead = Lookahead(
-        [EarlyRouter(site) for site in loaded.sites],
-        max_distance=config.lookahead_layers,
-        num_extra=max(1, work.top_k // 2),
-    )
-    cache_dir = default_cache_dir()
-    with Engine(loaded, None, config, cache_dir=cache_dir, predictor=lookahead) as engine:
-        engine.early_routers()
-        row = torch.ones(1, loaded.spec.hidden_size, dtype=loaded.model.dtype)
-        products = []
-        for layer, site in enumerate(loaded.sites):
-            for _, weights in engine.tiers.demand(layer, list(range(site.num_experts))):
-                products += _time_experts(site.experts, row, [weights, weights])[1:]
-        kv_cache = engine.make_cache()
-        engine.forward(torch.ones(1, 8, dtype=torch.long), kv_cache)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for step in range(2 * _NUM_STEPS):
-            is_guessing = step % 2 == 1
-            engine.runtime.predictor = lookahead if is_guessing else None
-            start = time.perf_counter()
-            engine.forward(torch.tensor([[step]]), kv_cache)
-            times[is_guessing].append(time.perf_counter() - start)
-    plain_s, guessing_s = (statistics.median(times[key]) for key in (False, True))
-    experts_s = work.num_layers * work.top_k * statistics.median(products)
+    with _open_demo(loaded, "100%", EngineConfig().eviction) as engine:
+        products = _load_and_time(engine, loaded)
+        plain_s, guessing_s = _time_steps(engine, (None, _make_lookahead(loaded)))
+    with _open_demo(loaded, "50%", "none") as engine:
+        (on_demand_s,) = _time_steps(engine, (None,))
+    num_experts = work.num_layers * work.top_k
+    experts_s = num_experts * statistics.median(products)
     rest_s = plain_s - experts_s - work.dense_bytes / memory_bytes_s
     return LayerProbe(
         layer_s=max(0.0, rest_s / work.num_layers),
         prediction_s=max(0.0, (guessing_s - plain_s) / work.num_layers),
+        call_s=max(0.0, (on_demand_s - plain_s) / num_experts),
     )
+
+
+def _open_demo(loaded: LoadedModel, memory: str, eviction: str) -> Engine:
+    config = EngineConfig(expert_memory=memory, predictor="none", eviction=eviction)
+    # A predictor from the start has the engine watch what later ones want to see.
+    return Engine(
+        loaded,
+        None,
+        resolve(config, loaded),
+        cache_dir=default_cache_dir(),
+        predictor=_make_lookahead(loaded),
+    )
+
+
+def _make_lookahead(loaded: LoadedModel) -> Lookahead:
+    return Lookahead(
+        [EarlyRouter(site) for site in loaded.sites],
+        max_distance=EngineConfig().lookahead_layers,
+        num_extra=max(1, loaded.spec.top_k // 2),
+    )
+
+
+def _load_and_time(engine: Engine, loaded: LoadedModel) -> list[float]:
+    """Bring every expert into memory; give the seconds of each on one token."""
+    row = torch.ones(1, loaded.spec.hidden_size, dtype=loaded.model.dtype)
+    times = []
+    for layer, site in enumerate(loaded.sites):
+        for _, weights in engine.tiers.demand(layer, list(range(site.num_experts))):
+            times += _time_experts(site.experts, row, [weights, weights])[1:]
+    return times
+
+
+def _time_steps(engine: Engine, predictors: Sequence[Predictor | None]) -> list[float]:
+    """Give the median seconds of a token with each predictor, time spent waiting left out."""
+    engine.early_routers()
+    kv_cache = engine.make_cache()
+    engine.forward(torch.ones(1, 8, dtype=torch.long), kv_cache)
+    times: list[list[float]] = [[] for _ in predictors]
+    for step in range(_NUM_STEPS):
+        for predictor, taken in zip(predictors, times, strict=True):
+            engine.runtime.predictor = predictor
+            stall_s, start = engine.metrics.stall_s, time.perf_counter()
+            engine.forward(torch.tensor([[step]]), kv_cache)
+            taken.append(time.perf_counter() - start - (engine.metrics.stall_s - stall_s))
+    return [statistics.median(taken) for taken in times]
 
 
 class _Round(NamedTuple):

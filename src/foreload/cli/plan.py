@@ -74,6 +74,7 @@ _FIGURES = {
     "flop_s": "arithmetic",
     "layer_s": "beside bytes, per MoE layer",
     "prediction_s": "guessing, per MoE layer",
+    "call_s": "calls, per copy",
     "compute_share": "speed of computing beside copies",
     "copy_share": "speed of copies beside computing",
 }

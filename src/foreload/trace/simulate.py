@@ -50,6 +50,7 @@ class SimulationSettings:
         num_workers: Pieces in flight at once.
         compute_share: Share of its speed that computing keeps while copies run.
         copy_share: Share of its bandwidth that the link keeps while something is computed.
+        call_s: Seconds that each copy costs who computes: asking for it, waking up, booking it.
         eviction: As in `EngineConfig`.
         predictor: "none"; "trace", what was predicted when the trace was recorded; "oracle", who
             reads the trace; or the recall of a made-up predictor, from 0 to 1.
@@ -68,6 +69,7 @@ class SimulationSettings:
     num_workers: int = 2
     compute_share: float = 1.0
     copy_share: float = 1.0
+    call_s: float = 0.0
     eviction: str = "history"
     predictor: str | float = "none"
     lookahead_layers: int = 2
@@ -88,6 +90,7 @@ class SimulationSettings:
             ("num_workers", self.num_workers >= 1, "at least 1"),
             ("compute_share", 0 < self.compute_share <= 1, "above 0 and at most 1"),
             ("copy_share", 0 < self.copy_share <= 1, "above 0 and at most 1"),
+            ("call_s", 0 <= self.call_s < math.inf, "0 or more"),
             ("lookahead_layers", self.lookahead_layers >= 1, "at least 1"),
         ]
         for name, is_fine, wanted in checks:
@@ -224,6 +227,7 @@ class _Simulation:
             num_workers=settings.num_workers,
             compute_share=settings.compute_share,
             copy_share=settings.copy_share,
+            call_s=settings.call_s,
         )
         self._tiers = ExpertTiers(
             VirtualSlots(settings.num_slots, max(sizes)),

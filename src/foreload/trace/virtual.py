@@ -74,6 +74,7 @@ class VirtualTransfers:
         piece_bytes: Largest piece.
         compute_share: Share of its speed that computing keeps while a copy is in flight.
         copy_share: Share of its bandwidth that the link keeps while something is computed.
+        call_s: What a copy costs who computes: asking for it, waking up, booking it.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class VirtualTransfers:
         piece_bytes: int = 2 << 20,
         compute_share: float = 1.0,
         copy_share: float = 1.0,
+        call_s: float = 0.0,
     ) -> None:
         self.num_workers = num_workers
         self._clock = clock
@@ -94,6 +96,7 @@ class VirtualTransfers:
         self._piece_bytes = piece_bytes
         self._compute_share = compute_share
         self._copy_share = copy_share
+        self._call_s = call_s
         self._queue = PieceQueue()
         self._flying: list[_Worker] = []
         self._now_s = clock.now_s
@@ -121,6 +124,7 @@ class VirtualTransfers:
         transfer = Transfer(key, plan, slot, priority, order, pieces)
         self._queue.add(transfer)
         self._hire()
+        self.compute(self._call_s)
         return transfer
 
     def raise_priority(self, transfer: Transfer) -> None:
