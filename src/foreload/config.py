@@ -90,6 +90,11 @@ class EngineConfig:
         policy: Who decides what is executed: "exact", the true router; "speculate", in decoding the
             predictor; "speculate-when", the true router among what is in memory.
         confidence: For "speculate-when": share of the routing weight that is waited for.
+        draft: Speculative decoding with the model's own experts, quantised, as the draft: "none",
+            "int4", "int8" (built on first use), or "auto": one that was built already, while it
+            pays. Its memory is part of `expert_memory`.
+        num_draft_tokens: Tokens drafted per round: "auto", chosen by measured costs, or a number;
+            0 drafts nothing.
     """
 
     model: str = "demo"
@@ -103,6 +108,8 @@ class EngineConfig:
     prefill_chunk: int = 1024
     policy: str = "exact"
     confidence: float = 0.9
+    draft: str = "none"
+    num_draft_tokens: str | int = "auto"
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "device": ("auto", "cpu"),
@@ -110,7 +117,9 @@ class EngineConfig:
         "predictor": ("auto", "none", "lookahead", "default-vectors", "estimator"),
         "policy": ("exact", "speculate", "speculate-when"),
         "eviction": ("history", "next-use", "lru", "lfu", "least-stale", "none"),
+        "draft": ("none", "auto", "int4", "int8"),
     }
+    MOST_DRAFT_TOKENS: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
         for name, choices in self.CHOICES.items():
@@ -130,8 +139,31 @@ class EngineConfig:
                 "policy='speculate' executes predictions, and predictor='none' makes none",
                 hint="use predictor='auto'",
             )
+        self._check_draft()
         if self.expert_memory != "auto":
             parse_size(self.expert_memory, whole_bytes=1 << 40, setting="expert_memory")
+
+    def _check_draft(self) -> None:
+        tokens = self.num_draft_tokens
+        if isinstance(tokens, str) and tokens.isdecimal():
+            tokens = int(tokens)
+            object.__setattr__(self, "num_draft_tokens", tokens)
+        is_whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+        if tokens != "auto" and not (is_whole and 0 <= int(tokens) <= self.MOST_DRAFT_TOKENS):
+            raise ConfigError(
+                f"num_draft_tokens={tokens!r} must be 'auto' or a whole number from 0 to "
+                f"{self.MOST_DRAFT_TOKENS}"
+            )
+        if self.draft == "none" and tokens != "auto":
+            raise ConfigError(
+                "num_draft_tokens says how far a draft goes, and draft='none' has none",
+                hint="set draft='int4'",
+            )
+        if self.draft != "none" and self.policy != "exact":
+            raise ConfigError(
+                f"a draft is verified by the exact model, and policy={self.policy!r} is not exact",
+                hint="use policy='exact', or draft='none'",
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

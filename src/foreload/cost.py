@@ -1,6 +1,7 @@
 """What a decoded token costs: bytes and FLOP in, seconds out.
 
-The equations behind `foreload plan`. Plain arithmetic on figures that are given: nothing here
+The equations behind `foreload plan`, and those of the Amortization Roofline Model by which the
+governor of speculative decoding chooses. Plain arithmetic on figures that are given: nothing here
 measures, reads a file, or knows a cache. Torch-free.
 """
 
@@ -8,20 +9,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from foreload.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "DecodeWork",
     "MachineRates",
+    "accept_length",
+    "amortised_intensity",
     "cached_s",
+    "compute_roof",
     "copy_s",
     "dense_s",
     "expert_s",
+    "io_roof",
     "overlap_s",
     "prefetched_s",
     "resident_s",
     "roofline_s",
+    "round_s",
+    "union_experts",
     "wire_limit_s",
     "wire_s",
 ]
@@ -218,3 +229,75 @@ def _whole_layer_s(work: DecodeWork, machine: MachineRates, misses: int) -> floa
         return dense_s(work, machine) + work.top_k * expert
     beside = overlap_s((work.top_k - 1) * expert, misses * copy_s(work, machine), machine)
     return dense_s(work, machine) + misses * machine.call_s + beside + expert
+
+
+def accept_length(acceptance: Sequence[float]) -> float:
+    """Give the tokens a round is expected to bring: 1 + sum_i prod_{j <= i} p_j.
+
+    The paper's k_accept counts the accepted draft tokens only. The target's own token, corrected or
+    bonus, comes with every round and is the 1.
+
+    Args:
+        acceptance: p_j, the probability that the j-th draft token is accepted if all before it are.
+
+    Reference:
+        Wang et al. 2025, "MoE-SpeQ", arXiv:2511.14102, k_accept(k).
+    """
+    length, reached = 1.0, 1.0
+    for chance in acceptance:
+        reached *= chance
+        length += reached
+    return length
+
+
+def union_experts(num_tokens: float, num_experts: int, top_k: int, growth: float = 1.0) -> float:
+    """Give the distinct experts that tokens of one forward want in a layer: E (1 - (1 - K/E)^(n^g)).
+
+    Args:
+        num_tokens: n, tokens in the forward.
+        num_experts: E.
+        top_k: K.
+        growth: g; 1 for tokens routed independently of each other, less where neighbours share
+            experts.
+    """
+    return float(num_experts * (1 - (1 - top_k / num_experts) ** (num_tokens**growth)))
+
+
+def round_s(draft_s: float, verify_s: float, copy_s: float, overlap: float = 1.0) -> float:
+    """Give the seconds of a round: T_cycle of the Amortization Roofline Model.
+
+    The paper adds the time of new copies to drafting and verifying. Copies run beside both, so the
+    longer of the two counts, and of the shorter one what could not be hidden:
+
+        max(T_draft + T_verify, T_io) + (1 - overlap) * min(T_draft + T_verify, T_io)
+
+    Args:
+        draft_s: Seconds of drafting; nothing there waits for copies.
+        verify_s: Seconds of verifying with every expert in memory.
+        copy_s: Seconds of the round's copies, alone on the link.
+        overlap: Share of the shorter one that is hidden behind the longer one.
+
+    Reference:
+        arXiv:2511.14102, T_cycle(k).
+    """
+    compute_s = draft_s + verify_s
+    return max(compute_s, copy_s) + (1 - overlap) * min(compute_s, copy_s)
+
+
+def amortised_intensity(num_tokens: float, copied_bytes: float) -> float:
+    """Give tokens per byte that a round copies: I_amort; infinite where it copies nothing.
+
+    Reference:
+        arXiv:2511.14102, I_amort(k), per byte instead of per expert.
+    """
+    return num_tokens / copied_bytes if copied_bytes > 0 else math.inf
+
+
+def io_roof(intensity: float, link_bytes_s: float) -> float:
+    """Give the tokens per second that the link allows: B_link * I_amort."""
+    return link_bytes_s * intensity
+
+
+def compute_roof(num_tokens: float, draft_s: float, verify_s: float) -> float:
+    """Give the tokens per second that computing allows: k_accept / (T_draft + T_verify)."""
+    return num_tokens / (draft_s + verify_s)

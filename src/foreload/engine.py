@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import operator
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ import psutil
 import torch
 
 from foreload.config import EngineConfig, SamplingConfig, parse_size
+from foreload.decode.clock import RequestClock
 from foreload.decode.loop import StopText, decode
+from foreload.decode.prompt import encode_prompt
 from foreload.decode.text import Detokenizer
 from foreload.errors import CapacityError, ConfigError, ForeloadError, UnsupportedModelError
 from foreload.memory.arena import SlotArena, slot_bytes
@@ -29,18 +31,28 @@ from foreload.memory.disk import DiskBackend
 from foreload.memory.eviction import make_eviction
 from foreload.memory.tiers import ExpertTiers
 from foreload.memory.transfer import TransferEngine
-from foreload.metrics import Metrics, RequestStats, Timeline
+from foreload.metrics import Metrics, Timeline
+from foreload.model.draft import (
+    DRAFT_BITS,
+    build_draft,
+    draft_bytes,
+    draft_folder,
+    has_draft,
+    read_draft,
+)
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
-from foreload.model.kv_cache import make_kv_cache
+from foreload.model.kv_cache import can_rewind, make_kv_cache, rewind
 from foreload.model.runtime import ExpertRuntime
+from foreload.model.self_draft import SelfDraft
 from foreload.model.selfcheck import find_sum_rules
-from foreload.model.sites import EarlyRouter, probe_sites, router_logits
+from foreload.model.sites import EarlyRouter, probe_sites, router_logits, silenced_experts
 from foreload.model.source import resolve_model
 from foreload.ops.scores import ScoreRule
 from foreload.predict.calibration import calibration_path, read_default_vectors
 from foreload.predict.choice import MeasuredChoice
 from foreload.predict.estimator import CorrectedRouter, Estimator, estimator_path, read_estimator
 from foreload.predict.lookahead import DefaultVectors, Lookahead
+from foreload.schedule.governor import Governor
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 from foreload.schedule.prefetch import PrefetchSwitch, most_prefetches
 
@@ -50,22 +62,33 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from foreload.decode.prompt import Prompt
     from foreload.memory.transfer import CopyBackend
+    from foreload.metrics import RequestStats
+    from foreload.model.draft import DraftExperts
     from foreload.model.hf import LoadedModel
     from foreload.model.sites import MoeSite
     from foreload.predict.estimator import LayerNetwork
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import ExpertPlan, ModelSpec, Predictor
 
-    Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-
-__all__ = ["Chunk", "Engine", "GenerationResult", "default_cache_dir", "resolve"]
+__all__ = [
+    "Chunk",
+    "Engine",
+    "GenerationResult",
+    "default_cache_dir",
+    "prepare_draft",
+    "resolve",
+]
 
 logger = logging.getLogger(__name__)
 
 _MARGIN_BYTES = 1 << 30
 """Left to the rest of the machine by expert_memory="auto", beside the KV cache and workspaces."""
 
+
+_IDLE_ROUNDS = 60
+"""Rounds in a row without a draft, three probes included, after which an optional one is dropped."""
 
 _MADE_BY = {
     "default-vectors": ("a calibration", "calibrate"),
@@ -121,6 +144,7 @@ class Engine:
         tokenizer: Its tokenizer, or None where the checkpoint has none.
         cache_dir: Where calibrations and estimators are kept.
         metrics: Counters since the engine was made.
+        drafter: Makes the rounds of speculative decoding; None without a draft.
         timeline: Spans of computation, disk and stall; switched off until `timeline.is_on`.
     """
 
@@ -132,8 +156,12 @@ class Engine:
         *,
         cache_dir: Path,
         predictor: Predictor | None = None,
+        draft: DraftExperts | None = None,
+        is_draft_optional: bool = False,
         backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
     ) -> None:
+        if draft is None:
+            draft = prepare_draft(config, loaded, cache_dir=cache_dir)
         self.config = config
         self.spec: ModelSpec = loaded.spec
         self.model = loaded.model
@@ -146,7 +174,10 @@ class Engine:
         self._closed = False
         self._handles: list[Any] = []
         size = _slot_size(loaded.plans)
+        # Slots beyond those in use cost nothing: they become the draft's heirs if it is let go of.
         self._arena = SlotArena(int(config.expert_memory) // size, size)
+        self._is_draft_optional = is_draft_optional
+        taken = 0 if draft is None else draft.num_bytes
         spec = self.spec
         self.tiers = ExpertTiers(
             self._arena,
@@ -156,7 +187,9 @@ class Engine:
             self.metrics,
             self.timeline,
             keep=config.eviction != "none",
+            num_slots=(int(config.expert_memory) - taken) // size,
         )
+        self.drafter: SelfDraft | None = None
         try:
             switch = None
             if predictor is None and config.predictor != "none":
@@ -168,13 +201,15 @@ class Engine:
                 self.timeline,
                 sum_rules=find_sum_rules(loaded.sites, self.model.dtype),
                 predictor=predictor,
-                max_prefetches=most_prefetches(self._arena.num_slots, spec.top_k),
+                max_prefetches=most_prefetches(self.tiers.num_slots, spec.top_k),
                 switch=switch,
             )
             attach(loaded.sites, self.runtime.run_layer)
             if predictor is not None:
                 self._watch_residuals()
             self.runtime.policy = self._make_policy()
+            if draft is not None:
+                self.drafter = self._make_drafter(draft)
         except BaseException:
             self.close()
             raise
@@ -185,6 +220,7 @@ class Engine:
         model: str | Path = "demo",
         *,
         progress: Callable[[int, int], None] | None = None,
+        draft_progress: Callable[[int, int], None] | None = None,
         cache_dir: str | Path | None = None,
         **settings: Any,
     ) -> Engine:
@@ -193,7 +229,9 @@ class Engine:
         Args:
             model: Local directory, Hub name, or "demo".
             progress: Called with (done, total) bytes while dense weights load.
-            cache_dir: Where calibrations are kept; by default the user's cache directory.
+            draft_progress: Called with (done, total) bytes while a draft is built.
+            cache_dir: Where calibrations, estimators and drafts are kept; by default the user's
+                cache directory.
             **settings: Fields of `EngineConfig`, such as `expert_memory="25%"`.
 
         Raises:
@@ -206,7 +244,16 @@ class Engine:
         directory = resolve_model(config.model)
         loaded = load_model(directory, dtype=config.dtype, progress=progress)
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        return cls(loaded, load_tokenizer(directory), resolve(config, loaded), cache_dir=folder)
+        resolved = resolve(config, loaded, cache_dir=folder)
+        draft = prepare_draft(resolved, loaded, cache_dir=folder, progress=draft_progress)
+        return cls(
+            loaded,
+            load_tokenizer(directory),
+            resolved,
+            cache_dir=folder,
+            draft=draft,
+            is_draft_optional=config.draft == "auto",
+        )
 
     def generate(self, prompt: Prompt, **sampling: Any) -> GenerationResult:
         """Generate text and wait for all of it.
@@ -234,7 +281,8 @@ class Engine:
         """
         submitted_s = time.perf_counter()
         config = SamplingConfig.from_dict(sampling)
-        prompt_ids = self._encode(prompt)
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        prompt_ids = encode_prompt(prompt, self.tokenizer, vocab_size)
         room = self._context_left(len(prompt_ids))
         if room is not None and room < config.max_new_tokens:
             logger.info("the model's context leaves room for %d tokens", room)
@@ -261,6 +309,8 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        if self.drafter is not None:
+            self.drafter.release()
         for handle in self._handles:
             handle.remove()
         detach(self._loaded.sites)
@@ -280,8 +330,10 @@ class Engine:
 
     @property
     def expert_memory_bytes(self) -> int:
-        """Give the size of the device tier."""
-        return self._arena.num_bytes
+        """Give the size of the device tier, a draft included."""
+        drafter = self.drafter
+        held = 0 if drafter is None or drafter.draft is None else drafter.draft.num_bytes
+        return self.tiers.num_slots * self._arena.slot_bytes + held
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -298,6 +350,10 @@ class Engine:
             "stall_s": metrics.stall_s,
             "expert_memory_bytes": self.expert_memory_bytes,
             "speculated_fraction": metrics.speculated_fraction,
+            "num_rounds": metrics.num_rounds,
+            "acceptance_rate": metrics.acceptance_rate,
+            "accept_length": metrics.accept_length,
+            "governor": [] if self.drafter is None else self._describe_governor(self.drafter),
         }
 
     def forward(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
@@ -311,6 +367,28 @@ class Engine:
             )
             logits: Tensor = output.logits[0, -1]
             return logits
+
+    def forward_all(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
+        """Run the model on new tokens (1, T); give the logits behind each of them (T, V)."""
+        with torch.inference_mode():
+            output = self.model(input_ids=token_ids, past_key_values=kv_cache, use_cache=True)
+            logits: Tensor = output.logits[0]
+            return logits
+
+    def make_request_cache(self) -> Any:
+        """Make a KV cache for `drafter`'s rounds: one that can forget its last tokens."""
+        cache = self.make_cache()
+        if self.drafter is not None:
+            cache.activate_past_recording()
+        return cache
+
+    def drop_draft(self) -> None:
+        """Let go of the draft, and keep experts in its memory instead."""
+        if self.drafter is None or self.drafter.draft is None:
+            return
+        self.drafter.release()
+        self.tiers.grow(self._arena.num_slots - self.tiers.num_slots)
+        logger.info("the draft did not pay: its memory holds experts now")
 
     def early_routers(self) -> list[EarlyRouter]:
         """Give, per MoE layer, the model's own norm and router, to be asked with any residual."""
@@ -354,12 +432,30 @@ class Engine:
 
     def _prefill(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
         with self.runtime.prefilling():
-            return self.forward(token_ids, kv_cache)
+            logits = self.forward(token_ids, kv_cache)
+        if self.drafter is not None:
+            rewind(kv_cache, 0)
+        return logits
 
     def _probe(self) -> None:
         sites = self._loaded.sites
         if not any(site.is_predictable for site in sites):
             probe_sites(self.model, sites, torch.tensor([[1, 2, 3, 4] * 4]))
+
+    def _make_drafter(self, draft: DraftExperts) -> SelfDraft:
+        tokens = self.config.num_draft_tokens
+        return SelfDraft(
+            self.runtime,
+            self.tiers,
+            self.metrics,
+            Governor(pinned=None if isinstance(tokens, str) else tokens),
+            draft,
+            self.forward_all,
+            num_layers=self.spec.num_moe_layers,
+        )
+
+    def _describe_governor(self, drafter: SelfDraft) -> list[dict[str, Any]]:
+        return [point._asdict() for point in drafter.governor.roofs()]
 
     def _make_policy(self) -> ExecutionPolicy:
         match self.config.policy:
@@ -444,34 +540,6 @@ class Engine:
         names = inspect.signature(type(self.model).forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        ids = _as_token_ids(prompt)
-        if ids is not None:
-            size = self.model.get_input_embeddings().weight.shape[0]
-            if not all(0 <= token < size for token in ids):
-                raise ConfigError(f"a prompt token is outside the vocabulary of {size}")
-            return ids
-        if len(prompt) == 0:
-            raise ConfigError("the prompt is empty", hint="give at least one token")
-        if self.tokenizer is None:
-            raise ConfigError(
-                "this checkpoint has no tokenizer", hint="give the prompt as token ids"
-            )
-        if isinstance(prompt, str):
-            text_ids: list[int] = self.tokenizer(prompt)["input_ids"]
-            if not text_ids:
-                raise ConfigError("the prompt has no tokens", hint="give at least one")
-            return text_ids
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError(
-                "this model has no chat template: it completes text, it does not converse",
-                hint="give the prompt as plain text",
-            )
-        chat_ids: list[int] = self.tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        return chat_ids
-
     def _context_left(self, num_prompt_tokens: int) -> int | None:
         limit = self._loaded.generation.max_positions
         if limit is None:
@@ -492,14 +560,18 @@ class Engine:
     ) -> Iterator[Chunk]:
         ends = set(self._loaded.generation.eos_token_ids)
         detokenizer, stop = Detokenizer(self.tokenizer), StopText(config.stop)
-        clock = _RequestClock(self, submitted_s, len(prompt_ids))
+        drafter = self.drafter
+        rounds = drafter.governor.rounds_by_draft if drafter is not None else Counter[int]()
+        clock = RequestClock(self.metrics, rounds, submitted_s, len(prompt_ids))
         tokens = decode(
             self.forward,
             prompt_ids,
-            self.make_cache(),
+            self.make_request_cache(),
             config,
             prefill=self._prefill,
             prefill_chunk=self.config.prefill_chunk,
+            drafter=drafter,
+            ends=ends,
             is_cancelled=self._cancelled.is_set,
         )
         finish_reason = "length"
@@ -516,78 +588,18 @@ class Engine:
             yield Chunk((token,), text)
             if self._cancelled.is_set():
                 break
+            self._reconsider_draft()
         if self._cancelled.is_set() and finish_reason == "length":
             finish_reason = "cancelled"
         rest = "" if stop.is_stopped else stop.feed(detokenizer.flush()) + stop.flush()
-        yield Chunk((), rest, finish_reason, clock.stats())
+        yield Chunk((), rest, finish_reason, clock.stats(self.expert_memory_bytes))
 
-
-class _RequestClock:
-    """Times one request and takes the difference of the engine's counters."""
-
-    def __init__(self, engine: Engine, submitted_s: float, num_prompt_tokens: int) -> None:
-        self._engine = engine
-        self._submitted_s = submitted_s
-        self._num_prompt_tokens = num_prompt_tokens
-        self._before = engine.metrics.snapshot()
-        self._after_prefill = self._before
-        self._first_s = submitted_s
-        self._last_s = submitted_s
-        self._num_steps = 0
-        self._num_tokens = 0
-
-    def token(self, *, is_output: bool) -> None:
-        """Note that a token has become available; an end token is no output."""
-        self._last_s = time.perf_counter()
-        self._num_steps += 1
-        self._num_tokens += is_output
-        if self._num_steps == 1:
-            self._first_s = self._last_s
-            self._after_prefill = self._engine.metrics.snapshot()
-
-    def stats(self) -> RequestStats:
-        """Give the request's statistics."""
-        request = self._engine.metrics.since(self._before)
-        decoded = self._engine.metrics.since(self._after_prefill)
-        gaps = self._num_steps - 1
-        e2e_s = self._last_s - self._submitted_s
-        ttft_s = self._first_s - self._submitted_s
-        return RequestStats(
-            ttft_s=ttft_s,
-            tpot_s=(e2e_s - ttft_s) / gaps if gaps > 0 else None,
-            e2e_s=e2e_s,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_tokens,
-            hit_rate=request.hit_rate,
-            late_rate=request.late_rate,
-            recall_at_n=request.recall_at_n,
-            prefetch_precision=request.prefetch_precision,
-            bytes_moved=request.bytes_moved,
-            bytes_per_token=decoded.bytes_moved / gaps if gaps > 0 else None,
-            wasted_bytes=request.wasted_bytes,
-            stall_s=request.stall_s,
-            stall_fraction=request.stall_s / e2e_s if e2e_s > 0 else 0.0,
-            expert_memory_bytes=self._engine.expert_memory_bytes,
-            speculated_fraction=decoded.speculated_fraction,
-        )
-
-
-def _as_token_ids(prompt: Any) -> list[int] | None:
-    """Give the token ids of a prompt made of them (a list, a 1-D array or tensor), else None."""
-    if isinstance(prompt, str):
-        return None
-    values = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
-    if not values or isinstance(values[0], dict):
-        return None
-    try:
-        if any(isinstance(value, bool) for value in values):
-            raise TypeError("a truth value is no token")
-        return [operator.index(value) for value in values]
-    except TypeError as error:
-        raise ConfigError(
-            f"the prompt is neither text, token ids nor chat messages: {error}",
-            hint="give a text, a flat list of token ids, or a list of messages",
-        ) from error
+    def _reconsider_draft(self) -> None:
+        """Give the draft's memory to the experts where drafting has long not paid."""
+        drafter = self.drafter
+        if self._is_draft_optional and drafter is not None and drafter.draft is not None:
+            if drafter.governor.num_idle_rounds >= _IDLE_ROUNDS:
+                self.drop_draft()
 
 
 def default_cache_dir() -> Path:
@@ -595,23 +607,65 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "foreload"
 
 
-def resolve(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
-    """Replace every "auto" that depends on the model or the machine.
+def prepare_draft(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    *,
+    cache_dir: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> DraftExperts | None:
+    """Give the draft that resolved settings ask for, built if it is not there yet.
+
+    Args:
+        config: Settings, resolved.
+        loaded: The model.
+        cache_dir: Where drafts are kept.
+        progress: Called with (done, total) bytes while it is built.
 
     Raises:
-        CapacityError: The expert memory is below one layer's needs, or above the machine's.
+        UnsupportedModelError: The model's KV cache cannot go back.
+        CheckpointError: The draft's folder is damaged.
+        CapacityError: The disk is full.
+    """
+    if config.draft == "none":
+        return None
+    _require_rewind(loaded)
+    identity = loaded.spec.identity
+    folder = draft_folder(cache_dir, identity, config.draft)
+    if not has_draft(folder):
+        logger.info("building the draft in %s", folder)
+        build_draft(
+            loaded.sites, loaded.plans, identity, folder, config.draft, progress=progress
+        )
+    return read_draft(loaded.sites, loaded.plans, identity, folder, config.draft)
+
+
+def resolve(
+    config: EngineConfig, loaded: LoadedModel, *, cache_dir: Path | None = None
+) -> EngineConfig:
+    """Replace every "auto" that depends on the model or the machine.
+
+    Args:
+        config: Settings as asked for.
+        loaded: The model.
+        cache_dir: Where draft="auto" looks for one; nowhere where None.
+
+    Raises:
+        CapacityError: The expert memory is below what one layer and the draft need, or above the
+            machine's.
     """
     size = _slot_size(loaded.plans)
     num_experts = sum(len(layer) for layer in loaded.plans)
     whole = size * num_experts
-    needed = min(whole, size * (loaded.spec.top_k + 1))
+    least = min(whole, size * (loaded.spec.top_k + 1))
     available = psutil.virtual_memory().available
+    draft = _choose_draft(config, loaded, cache_dir)
+    drafted = 0 if draft == "none" else draft_bytes(loaded.sites, loaded.plans, draft)
     if config.expert_memory == "auto":
-        budget = min(whole, available - _MARGIN_BYTES)
+        budget = min(whole + drafted, available - _MARGIN_BYTES)
     else:
-        budget = min(
-            whole, parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
-        )
+        asked = parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
+        budget = min(whole + drafted, asked)
         if budget > available:
             raise CapacityError(
                 "the machine has less free memory than expert_memory asks for",
@@ -619,17 +673,49 @@ def resolve(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
                 available_bytes=available,
                 setting="expert_memory",
             )
-    if budget < needed:
+    if budget < least + drafted and config.draft == "auto":
+        draft, drafted = "none", 0
+        budget = min(whole, budget)
+    if budget < least + drafted:
+        more = "" if draft == "none" else f", beside the {draft} draft"
         raise CapacityError(
             f"expert_memory is below one layer's needs ({loaded.spec.top_k} experts at work and "
-            "one on its way)",
-            needed_bytes=needed,
+            f"one on its way{more})",
+            needed_bytes=least + drafted,
             available_bytes=max(budget, 0),
             setting="expert_memory",
         )
     return config.with_values(
-        device="cpu", dtype=loaded.spec.dtype, expert_memory=budget // size * size
+        device="cpu",
+        dtype=loaded.spec.dtype,
+        expert_memory=(budget - drafted) // size * size + drafted,
+        draft=draft,
     )
+
+
+def _choose_draft(config: EngineConfig, loaded: LoadedModel, cache_dir: Path | None) -> str:
+    """Give the kind of draft to try: for "auto" one that has been built already."""
+    if config.draft != "auto":
+        return config.draft
+    if cache_dir is None:
+        return "none"
+    built = (
+        kind
+        for kind in DRAFT_BITS
+        if has_draft(draft_folder(cache_dir, loaded.spec.identity, kind))
+    )
+    return next(built, "none")
+
+
+def _require_rewind(loaded: LoadedModel) -> None:
+    with silenced_experts(loaded.sites):
+        is_fine = can_rewind(loaded.model)
+    if not is_fine:
+        raise UnsupportedModelError(
+            f"{loaded.spec.architecture} cannot verify a draft: its cache keeps states that cannot "
+            "go back to an earlier token",
+            hint="use draft='none'",
+        )
 
 
 def _slot_size(plans: Sequence[Sequence[ExpertPlan]]) -> int:

@@ -32,6 +32,10 @@ class Metrics:
         num_prefetched: Copies begun on a guess.
         num_prefetched_used: Of these, demanded before they were evicted or cancelled.
         stall_s: Seconds the compute thread waited for copies.
+        link_s: Seconds in which at least one piece of a copy was on its way.
+        num_rounds: Rounds of drafting and verifying, those of no draft token included.
+        num_draft_tokens: Tokens drafted.
+        num_accepted_tokens: Drafted tokens the target agreed with.
         num_executed: Pairs of token and expert that were executed, or that a policy dropped.
         num_speculated: Of these, pairs the true router chose and a policy replaced or dropped.
         num_predicted: Predicted experts by (layer, distance), counted at the n a layer demands.
@@ -48,6 +52,10 @@ class Metrics:
     num_prefetched: int = 0
     num_prefetched_used: int = 0
     stall_s: float = 0.0
+    link_s: float = 0.0
+    num_rounds: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     num_executed: int = 0
     num_speculated: int = 0
     num_predicted: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -107,6 +115,17 @@ class Metrics:
         return self.num_prefetched_used / self.num_prefetched if self.num_prefetched else None
 
     @property
+    def acceptance_rate(self) -> float | None:
+        """Give num_accepted_tokens / num_draft_tokens; None where nothing was drafted."""
+        drafted = self.num_draft_tokens
+        return self.num_accepted_tokens / drafted if drafted else None
+
+    @property
+    def accept_length(self) -> float | None:
+        """Give 1 + num_accepted_tokens / num_rounds: tokens per round; None without rounds."""
+        return 1 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else None
+
+    @property
     def speculated_fraction(self) -> float:
         """Give num_speculated / num_executed; 0 where nothing was executed."""
         return self.num_speculated / self.num_executed if self.num_executed else 0.0
@@ -143,6 +162,10 @@ class RequestStats:
         stall_fraction: stall_s / e2e_s.
         expert_memory_bytes: Size of the device tier.
         speculated_fraction: num_speculated / num_executed while decoding; 0 under the exact policy.
+        round_s: Mean seconds of a round; None without a draft.
+        acceptance_rate: num_accepted_tokens / num_draft_tokens; None where nothing was drafted.
+        accept_length: 1 + num_accepted_tokens / num_rounds; None without a draft.
+        rounds_by_draft: How many rounds drafted how many tokens; empty without a draft.
     """
 
     ttft_s: float
@@ -161,6 +184,10 @@ class RequestStats:
     stall_fraction: float
     expert_memory_bytes: int
     speculated_fraction: float
+    round_s: float | None = None
+    acceptance_rate: float | None = None
+    accept_length: float | None = None
+    rounds_by_draft: dict[int, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the statistics as JSON-ready values."""

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foreload.bench import widen as widen_module
 from foreload.bench.widen import widen_checkpoint
-from foreload.bench.writer import SafetensorsStreamWriter
 from foreload.errors import CheckpointError, ConfigError, UnsupportedModelError
+from foreload.memory.writer import SafetensorsStreamWriter
 
 COMMON = {
     "vocab_size": 61,

@@ -2,7 +2,8 @@
 
 `probe_experts` copies and computes experts of the model's own size and type, apart and at once;
 `probe_layers` runs the shipped demo for what else a layer and a copy cost. Nothing is decided
-here: the figures go into `foreload.cost`.
+here: the figures go into `foreload.cost`. They are means, as a time per token is: a machine that
+halts now and then is slower.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _PHASE_S = 0.3
 _LONGEST_FILL_S = 2.0
 _MOST_COPIES = 4000
 _MATMUL_FLOP = 4e9
-_NUM_STEPS = 12
+_NUM_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +166,7 @@ def probe_layers(memory_bytes_s: float) -> LayerProbe:
     with _open_demo(loaded, "50%", "none") as engine:
         (on_demand_s,) = _time_steps(engine, (None,))
     num_experts = work.num_layers * work.top_k
-    experts_s = num_experts * statistics.median(products)
+    experts_s = num_experts * statistics.fmean(products)
     rest_s = plain_s - experts_s - work.dense_bytes / memory_bytes_s
     return LayerProbe(
         layer_s=max(0.0, rest_s / work.num_layers),
@@ -205,7 +206,7 @@ def _load_and_time(engine: Engine, loaded: LoadedModel) -> list[float]:
 
 
 def _time_steps(engine: Engine, predictors: Sequence[Predictor | None]) -> list[float]:
-    """Give the median seconds of a token with each predictor, time spent waiting left out."""
+    """Give the mean seconds of a token with each predictor, time spent waiting left out."""
     engine.early_routers()
     kv_cache = engine.make_cache()
     engine.forward(torch.ones(1, 8, dtype=torch.long), kv_cache)
@@ -216,7 +217,7 @@ def _time_steps(engine: Engine, predictors: Sequence[Predictor | None]) -> list[
             stall_s, start = engine.metrics.stall_s, time.perf_counter()
             engine.forward(torch.tensor([[step]]), kv_cache)
             taken.append(time.perf_counter() - start - (engine.metrics.stall_s - stall_s))
-    return [statistics.median(taken) for taken in times]
+    return [statistics.fmean(taken[1:]) for taken in times]
 
 
 class _Round(NamedTuple):
@@ -261,12 +262,12 @@ class _Probe:
         self._arena.release()
 
     def compute(self) -> float:
-        """Compute experts on one token for `_PHASE_S`; give the median seconds of one."""
+        """Compute experts on one token for `_PHASE_S`; give the mean seconds of one."""
         times: list[float] = []
         end = time.perf_counter() + _PHASE_S
         while time.perf_counter() < end:
             times += _time_experts(self._headers.experts, self._row, self._weights)
-        return statistics.median(times)
+        return statistics.fmean(times)
 
     def multiply(self) -> float:
         """Give the FLOP per second of one expert on many tokens."""

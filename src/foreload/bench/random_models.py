@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foreload.bench.writer import SafetensorsStreamWriter
 from foreload.errors import ConfigError
+from foreload.memory.writer import SafetensorsStreamWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

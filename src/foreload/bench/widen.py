@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from foreload.bench.writer import SafetensorsStreamWriter
 from foreload.errors import CheckpointError, ConfigError, UnsupportedModelError
+from foreload.memory.writer import SafetensorsStreamWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -44,6 +44,8 @@ HELP = {
     "prefill_chunk": "Most prompt tokens per forward.",
     "policy": "Who decides what is executed; all but exact change the text.",
     "confidence": "For speculate-when: share of the routing weight that is waited for.",
+    "draft": "Quantised experts that draft tokens; auto uses one that was built already.",
+    "num_draft_tokens": "Tokens drafted per round; auto takes what pays.",
     "max_new_tokens": "Most tokens to generate.",
     "temperature": "0 takes the likeliest token.",
     "top_p": "Sample among the likeliest tokens that together reach this probability.",
@@ -68,7 +70,11 @@ CacheDirOption = Annotated[
     ),
 ]
 
-_METAVARS = {"expert_memory": "auto|SIZE|PERCENT", "stop": "TEXT"}
+_METAVARS = {
+    "expert_memory": "auto|SIZE|PERCENT",
+    "num_draft_tokens": "auto|N",
+    "stop": "TEXT",
+}
 
 
 @dataclass(frozen=True, slots=True)

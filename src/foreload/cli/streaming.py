@@ -34,6 +34,7 @@ def open_engine(
     with terminal.progress(is_bytes=True) as report:
         engine = Engine.from_pretrained(
             progress=lambda done, total: report("Loading all but the experts", done, total),
+            draft_progress=lambda done, total: report("Building the draft", done, total),
             cache_dir=cache_dir,
             **settings.to_dict(),
         )

@@ -6,6 +6,8 @@ commit(key)            the bytes are readable; PENDING -> HIT
 abort(key)             the copy was cancelled or failed; the slot is free
 pin(key) / unpin(key)  pinned and PENDING slots are never evicted
 evict(key)             an unpinned HIT gives its slot back
+foresee(layer, waits)  what is known to come at a layer, until it has been observed
+grow(num)              more slots
 check()                raises if slots leak, alias or exceed capacity
 """
 
@@ -57,6 +59,8 @@ class ExpertCache:
         self._slot = np.full(size, -1, dtype=np.int64)
         self._pins = np.zeros(size, dtype=np.int32)
         self._promise = np.full(size, np.inf)
+        self._foreseen = np.full(size, np.inf)
+        self._delay = np.zeros(size)
         self._free = list(range(num_slots - 1, -1, -1))
 
     def lookup(self, key: ExpertKey) -> Lookup:
@@ -83,8 +87,30 @@ class ExpertCache:
     ) -> None:
         """Tell the policy the true routing at `layer`, and forget guesses about that layer."""
         self._policy.observe(layer, counts, num_tokens, routing)
-        start = layer * self._num_experts
-        self._promise[start : start + self._num_experts] = np.inf
+        self._promise[self._row(layer)] = np.inf
+        self._foreseen[self._row(layer)] = np.inf
+        self._delay[self._row(layer)] = 0.0
+
+    def foresee(self, layer: int, waits: Mapping[int, float], *, is_complete: bool) -> None:
+        """Know what a layer is going to demand, until it is observed or foreseen again.
+
+        Nothing foreseen ends what was known.
+
+        Args:
+            layer: MoE layer.
+            waits: Tokens until use of each expert that is known to come.
+            is_complete: Whether no other expert of the layer comes before the token after: then
+                all others wait one token longer than the policy expects.
+        """
+        row = self._foreseen[self._row(layer)]
+        row[:] = np.inf
+        row[list(waits)] = list(waits.values())
+        self._delay[self._row(layer)] = float(is_complete)
+
+    def grow(self, num_slots: int) -> None:
+        """Add free slots behind the last one."""
+        self._free = [*range(self.num_slots + num_slots - 1, self.num_slots - 1, -1), *self._free]
+        self.num_slots += num_slots
 
     def reserve(self, key: ExpertKey, *, expected_wait: float | None = None) -> Reservation | None:
         """Take a slot for an absent key, evicting the longest wait if none is free.
@@ -167,7 +193,8 @@ class ExpertCache:
             raise ForeloadError("an absent expert is pinned, or pins are negative")
 
     def _victim(self, guess_wait: float | None) -> int | None:
-        wait = np.minimum(self._policy.expected_wait(), self._promise)
+        wait = np.minimum(self._policy.expected_wait() + self._delay, self._promise)
+        np.minimum(wait, self._foreseen, out=wait)
         wait[(self._state != _READY) | (self._pins > 0)] = -np.inf
         victim = int(wait.argmax())
         if wait[victim] == -np.inf or (guess_wait is not None and wait[victim] <= guess_wait):
@@ -185,6 +212,9 @@ class ExpertCache:
         if self._state[flat] != state:
             raise ForeloadError(f"{key} is {self.lookup(key).value}")
         return flat
+
+    def _row(self, layer: int) -> slice:
+        return slice(layer * self._num_experts, (layer + 1) * self._num_experts)
 
     def _key(self, flat: int) -> ExpertKey:
         return ExpertKey(*divmod(flat, self._num_experts))

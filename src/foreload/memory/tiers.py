@@ -16,7 +16,7 @@ from foreload.memory.transfer import TransferState
 from foreload.types import ExpertKey, Lookup, Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -50,10 +50,12 @@ class ExpertTiers:
         metrics: Where lookups, bytes and stalls are counted.
         timeline: Where copies and stalls are drawn.
         keep: Whether experts stay after use; False is the on-demand reference.
+        num_slots: Slots of the arena to use for now; None uses all.
         clock: Tells the seconds by which stalls are measured.
 
     Attributes:
         cache: Who is in which slot.
+        num_slots: How many experts fit.
         is_layerwise: Whether a demand hands out nothing before all that it can have has arrived, as
             engines must whose kernels compute whole layers. For comparison with them.
     """
@@ -68,6 +70,7 @@ class ExpertTiers:
         timeline: Timeline,
         *,
         keep: bool = True,
+        num_slots: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._arena = arena
@@ -76,7 +79,8 @@ class ExpertTiers:
         self._timeline = timeline
         self._keep = keep
         num_experts = max(len(layer) for layer in plans)
-        self.cache = ExpertCache(arena.num_slots, len(plans), num_experts, policy)
+        self.num_slots = arena.num_slots if num_slots is None else num_slots
+        self.cache = ExpertCache(self.num_slots, len(plans), num_experts, policy)
         self._transfers = transfers
         self._clock = clock
         self._open: dict[ExpertKey, Transfer] = {}
@@ -87,6 +91,7 @@ class ExpertTiers:
         self._views: dict[ExpertKey, dict[str, Tensor]] = {}
         self._window = 4 * transfers.num_workers
         self._demand: Demand | None = None
+        self._link_until_s = 0.0
         self.is_layerwise = False
 
     def observe(
@@ -137,6 +142,23 @@ class ExpertTiers:
         self._metrics.num_prefetched += 1
         return True
 
+    def foresee(self, layer: int, waits: Mapping[int, float], *, is_complete: bool) -> None:
+        """Know what a layer is going to demand; see `ExpertCache.foresee`."""
+        self.cache.foresee(layer, waits, is_complete=is_complete)
+
+    def call_off(self, keys: Iterable[ExpertKey]) -> None:
+        """Cancel the copies of guesses that nobody is waiting for any more."""
+        for key in keys:
+            transfer = self._open.get(key)
+            if transfer is not None and transfer.priority is Priority.PREFETCH:
+                self._transfers.cancel(transfer)
+        self.poll()
+
+    def grow(self, num_slots: int) -> None:
+        """Use slots of the arena that were not in use so far."""
+        self.num_slots += num_slots
+        self.cache.grow(num_slots)
+
     def is_absent(self, key: ExpertKey) -> bool:
         """Tell whether an expert is neither readable nor on its way."""
         return self.cache.lookup(key) is Lookup.MISS
@@ -155,9 +177,9 @@ class ExpertTiers:
         return transfer is not None and transfer.state in begun
 
     @property
-    def num_slots(self) -> int:
-        """Give how many experts fit."""
-        return self._arena.num_slots
+    def num_workers(self) -> int:
+        """Give how many pieces are copied at once."""
+        return self._transfers.num_workers
 
     @property
     def expert_bytes(self) -> tuple[int, ...]:
@@ -255,6 +277,10 @@ class ExpertTiers:
             else:
                 self._metrics.demand_bytes += transfer.bytes_moved
             for start_s, end_s in transfer.busy:
+                # What overlaps an earlier piece is counted once.
+                new_s = end_s - max(start_s, self._link_until_s)
+                self._metrics.link_s += max(0.0, new_s)
+                self._link_until_s = max(self._link_until_s, end_s)
                 self._timeline.add("disk", f"{key.layer}.{key.expert}", start_s, end_s)
             is_unwanted = key in self._unwanted
             self._unwanted.discard(key)

@@ -1,4 +1,4 @@
-"""A KV cache that grows by doubling instead of concatenating at every token."""
+"""A KV cache that grows by doubling, and whether a model's cache can go back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["make_kv_cache"]
+__all__ = ["can_rewind", "make_kv_cache", "rewind"]
 
 _FIRST_CAPACITY = 256
 
@@ -32,6 +32,45 @@ def make_kv_cache(model: Any) -> DynamicCache:
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = _GrowingLayer
     return cache
+
+
+def rewind(cache: Any, num_tokens: int) -> None:
+    """Forget the last `num_tokens` of a cache that was told to keep what that takes; maybe none."""
+    cache.crop(-num_tokens)
+
+
+def can_rewind(model: Any) -> bool:
+    """Tell whether a model's cache can forget its last tokens, by letting it try.
+
+    Recurrent states cannot, and whatever else a model keeps is found out the same way: what comes
+    after going back must be what comes without having been there. Experts need not be attached.
+
+    Cost:
+        Six small forwards.
+    """
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    caches = [make_kv_cache(model) for _ in range(2)]
+    logits = []
+    try:
+        with torch.inference_mode():
+            for cache, detour in zip(caches, (True, False), strict=True):
+                cache.activate_past_recording()
+                pieces = [ids[:, :3], ids[:, 3:5]]
+                if detour:
+                    model(input_ids=pieces[0], past_key_values=cache, use_cache=True)
+                    rewind(cache, 0)
+                    model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True)
+                    rewind(cache, 2)
+                else:
+                    for piece in pieces:
+                        model(input_ids=piece, past_key_values=cache, use_cache=True)
+                        rewind(cache, 0)
+                output = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
+                logits.append(output.logits.float())
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    gap = (logits[0] - logits[1]).abs().mean()
+    return bool(gap <= 0.02 * logits[1].std())
 
 
 def _own_cache_class(model_class: type) -> type[DynamicCache] | None:

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from foreload.metrics import Metrics, Timeline
     from foreload.ops.reference import ExpertGroup, SumRule
     from foreload.ops.scores import LayerScores
+    from foreload.schedule.orchestrator import PrefetchRound
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.schedule.prefetch import PrefetchSwitch
     from foreload.types import Prediction, Predictor
 
+    RunDraft = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]
     Observer = Callable[[RoutingEvent, list[int]], None]
     OutputObserver = Callable[[int, int, Tensor], None]
     PredictionObserver = Callable[[RoutingEvent, list[Prediction]], None]
@@ -95,6 +97,8 @@ class ExpertRuntime:
         self._residuals: dict[tuple[int, int], Tensor] = {}
         self._logits: dict[tuple[int, int], Tensor] = {}
         self._prefilling: set[int] = set()
+        self._drafting: dict[int, tuple[RunDraft, PrefetchRound]] = {}
+        self._verifying: dict[int, PrefetchRound] = {}
         self._step_start_s: float | None = None
         self._last_layer = len(sum_rules)
         self._lock = threading.RLock()
@@ -119,9 +123,29 @@ class ExpertRuntime:
         finally:
             self._prefilling.discard(thread)
 
+    @contextmanager
+    def drafting(self, run: RunDraft, prefetches: PrefetchRound) -> Iterator[None]:
+        """Let `run` compute the experts of this thread's forwards, and keep where it was sent."""
+        thread = threading.get_ident()
+        self._drafting[thread] = (run, prefetches)
+        try:
+            yield
+        finally:
+            del self._drafting[thread]
+
+    @contextmanager
+    def verifying(self, prefetches: PrefetchRound) -> Iterator[None]:
+        """Take this thread's forwards for the verification of what was drafted."""
+        thread = threading.get_ident()
+        self._verifying[thread] = prefetches
+        try:
+            yield
+        finally:
+            del self._verifying[thread]
+
     def see_residual(self, layer: int, residual: Tensor) -> None:
         """Keep the residual stream that enters a layer's MoE block, for its prediction."""
-        if self.predictor is not None:
+        if self.predictor is not None and threading.get_ident() not in self._drafting:
             self._residuals[threading.get_ident(), layer] = residual
 
     def see_logits(self, layer: int, logits: Tensor) -> None:
@@ -152,6 +176,11 @@ class ExpertRuntime:
         Raises:
             TransferError: A copy failed; the engine stays usable.
         """
+        drafting = self._drafting.get(threading.get_ident())
+        if drafting is not None:
+            return self._run_draft(
+                drafting, layer, experts, hidden_states, top_k_index, top_k_weights
+            )
         with self._lock:
             num_tokens = hidden_states.shape[0]
             self._begin_layer(layer, num_tokens)
@@ -179,12 +208,37 @@ class ExpertRuntime:
             with closing(self._tiers.demand(layer, wanted)) as demand:
                 if self.on_routing is not None:
                     self.on_routing(event, wanted)
+                verifying = self._verifying.get(threading.get_ident())
+                if verifying is not None:
+                    verifying.reach(layer)
                 self._predict(event)
                 outputs = self._compute(
                     demand, experts, hidden_states, executed.top_k_weights, groups
                 )
             rule = self._sum_rules[layer]
             return accumulate(hidden_states, top_k_weights.dtype, groups, outputs, rule)
+
+    def _run_draft(
+        self,
+        drafting: tuple[RunDraft, PrefetchRound],
+        layer: int,
+        experts: Any,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Compute one MoE layer of the draft; what it wants begins to come before it is computed."""
+        run, prefetches = drafting
+        with self._lock:
+            # A single-token step that drafting interrupts is not timed: where it ended is unknown.
+            self._step_start_s = None
+            self._tiers.poll()
+            wanted = [expert for expert in top_k_index[-1].tolist() if expert < experts.num_experts]
+            prefetches.note(layer, wanted, top_k_weights[-1].tolist())
+        start = time.perf_counter()
+        output = run(layer, experts, hidden_states, top_k_index, top_k_weights)
+        self._timeline.add("draft", f"{layer}", start, time.perf_counter())
+        return output
 
     def _policy_applies(self, num_tokens: int) -> bool:
         """Tell whether this thread's forward may execute something else than the true routing."""

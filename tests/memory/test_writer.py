@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from foreload.bench import writer as writer_module
-from foreload.bench.writer import SafetensorsStreamWriter
 from foreload.errors import CapacityError, ConfigError, ShapeError
+from foreload.memory.writer import SafetensorsStreamWriter
 
 
 def make_tensors():

@@ -1,0 +1,319 @@
+"""Chooses how many tokens to draft in each round, by measured costs and acceptance.
+
+The Amortization Roofline Model with its inputs tracked while text is generated: what a draft token
+and a verification take to compute, what a round copies, how much of that is hidden, how often the
+draft is right. Drafting nothing is one of the choices. Torch-free, and without a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from foreload.cost import (
+    accept_length,
+    amortised_intensity,
+    compute_roof,
+    io_roof,
+    round_s,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Governor", "RoofPoint", "RoundReport"]
+
+_KEEP = 0.85
+"""Weight of the past in moving averages of times: they follow the last dozen rounds."""
+_KEEP_ACCEPTANCE = 0.98
+"""The same for whether a token was accepted: yes or no says little, so more of them are heard."""
+_TESTS_OF_ONE = 12
+"""Tests of one position that weigh as much as what is known of all positions together."""
+_MARGIN = 1.04
+"""Another number of draft tokens must promise this much more to be taken."""
+_PROBE_EVERY = 20
+_FIRST_ROUNDS = (0, 4, 0, 2)
+"""What the first rounds draft, so that both ways have been measured."""
+_PRIOR_ACCEPTANCE = 0.85
+_PRIOR_GROWTH = 0.7
+"""Bytes copied grow with tokens verified to this power (small trained model, November 2026)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundReport:
+    """What one round took and brought.
+
+    Attributes:
+        num_draft_tokens: Tokens drafted; 0 for plain decoding.
+        num_accepted_tokens: Of these, accepted.
+        draft_s: Seconds of drafting.
+        verify_s: Seconds of the target's forward, waiting included.
+        stall_s: Seconds of it waiting for copies.
+        copied_bytes: Bytes that arrived since the round began.
+        link_s: Seconds in which copies were on their way.
+        num_lookups: Distinct experts the target demanded, over all layers.
+    """
+
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    draft_s: float
+    verify_s: float
+    stall_s: float
+    copied_bytes: int
+    link_s: float
+    num_lookups: int
+
+
+class RoofPoint(NamedTuple):
+    """One choice under both roofs: tokens per second.
+
+    `union` is the distinct experts a verification demands, `intensity` tokens per byte copied,
+    `io_roof` and `compute_roof` what link and computing allow, `predicted` what the model expects,
+    `num_rounds` how often it was chosen.
+    """
+
+    num_draft_tokens: int
+    union: float
+    intensity: float
+    io_roof: float
+    compute_roof: float
+    predicted: float
+    num_rounds: int
+
+
+class Governor:
+    """Chooses the number of draft tokens, round by round.
+
+    Args:
+        most: Most tokens to draft.
+        pinned: Draft this many, whatever the model says; None lets the model choose.
+
+    Reference:
+        Wang et al. 2025, "MoE-SpeQ", arXiv:2511.14102, the governor of section 4, with the bonus
+        token, the overlap of copies and the growth of what a round copies.
+    """
+
+    def __init__(self, *, most: int = 8, pinned: int | None = None) -> None:
+        self.most = most if pinned is None else pinned
+        self.rounds_by_draft: Counter[int] = Counter()
+        self._pinned = pinned
+        self._choice = 0
+        self._num_rounds = 0
+        self._num_idle = 0
+        self._acceptance = _Average(_PRIOR_ACCEPTANCE, keep=_KEEP_ACCEPTANCE)
+        self._acceptance_at = [_Average(keep=_KEEP_ACCEPTANCE) for _ in range(self.most)]
+        self._draft_token_s = _Average()
+        self._link_bytes_s = _Average()
+        self._overlap = {False: _Average(0.5), True: _Average(0.8)}
+        self._compute = _Curve()
+        self._bytes = _Curve(_PRIOR_GROWTH)
+        self._lookups = _Curve(_PRIOR_GROWTH)
+        self._error: dict[int, _Average] = {}
+
+    @property
+    def draft_token_s(self) -> float:
+        """Give the seconds of drafting one token; 0 before any was."""
+        return self._draft_token_s.value
+
+    @property
+    def link_bytes_s(self) -> float:
+        """Give the bytes per second that copies were measured at; 0 before any was."""
+        return self._link_bytes_s.value
+
+    @property
+    def num_idle_rounds(self) -> int:
+        """Give for how many rounds in a row nothing was drafted, probes aside."""
+        return self._num_idle
+
+    def chances(self, num_draft_tokens: int) -> list[float]:
+        """Give, for the tokens a round feeds the draft, the chance that the text comes to them."""
+        chances, reached = [], 1.0
+        for position in range(num_draft_tokens):
+            chances.append(reached)
+            reached *= self.acceptance(position)
+        return chances
+
+    def acceptance(self, position: int) -> float:
+        """Give p_j, the chance that a draft token is accepted if all before it are."""
+        own = self._acceptance_at[position]
+        trust = own.count / (own.count + _TESTS_OF_ONE)
+        return trust * own.value + (1 - trust) * self._acceptance.value
+
+    def choose(self, most: int) -> int:
+        """Give the number of tokens to draft in the coming round.
+
+        Args:
+            most: What the text still has room for.
+        """
+        if self._pinned is not None:
+            return min(self._pinned, most)
+        if self._num_rounds < len(_FIRST_ROUNDS):
+            return min(_FIRST_ROUNDS[self._num_rounds], most, self.most)
+        rates = [self.rate(number) for number in range(self.most + 1)]
+        best = max(range(self.most + 1), key=rates.__getitem__)
+        if rates[best] > _MARGIN * rates[self._choice]:
+            self._choice = best
+        elif rates[0] >= rates[self._choice]:
+            self._choice = 0
+        self._num_idle = 0 if self._choice else self._num_idle + 1
+        if self._num_rounds % _PROBE_EVERY == 0:
+            return min(self._probe(rates), most)
+        return min(self._choice, most)
+
+    def learn(self, report: RoundReport) -> None:
+        """Average in what a round has shown."""
+        drafted, width = report.num_draft_tokens, report.num_draft_tokens + 1
+        self._num_rounds += 1
+        self.rounds_by_draft[drafted] += 1
+        if report.link_s > 0:
+            self._link_bytes_s.add(report.copied_bytes / report.link_s)
+        compute_s = report.verify_s - report.stall_s
+        self._compute.add(width, compute_s)
+        self._bytes.add(width, report.copied_bytes)
+        self._lookups.add(width, report.num_lookups)
+        if drafted:
+            self._draft_token_s.add(report.draft_s / drafted)
+            # What comes behind the first rejected token was never put to the test.
+            for position in range(min(report.num_accepted_tokens + 1, drafted)):
+                was_accepted = position < report.num_accepted_tokens
+                self._acceptance.add(float(was_accepted))
+                self._acceptance_at[position].add(float(was_accepted))
+        self._learn_overlap(report, compute_s)
+        measured_s = report.draft_s + report.verify_s
+        expected_s = self._modelled_s(drafted)
+        if expected_s > 0:
+            self._error.setdefault(drafted, _Average()).add(measured_s / expected_s)
+
+    def rate(self, num_draft_tokens: int) -> float:
+        """Give the tokens per second that a number of draft tokens promises: Theta(k)."""
+        taken_s = self._modelled_s(num_draft_tokens) * self._correction(num_draft_tokens)
+        return self._length(num_draft_tokens) / taken_s if taken_s > 0 else 0.0
+
+    def roofs(self) -> list[RoofPoint]:
+        """Give every choice under both roofs, for statistics and figures."""
+        points = []
+        for number in range(self.most + 1):
+            length = self._length(number)
+            intensity = amortised_intensity(length, self._bytes.at(number + 1))
+            draft_s, verify_s = self._draft_s(number), self._compute.at(number + 1)
+            points.append(
+                RoofPoint(
+                    number,
+                    self._lookups.at(number + 1),
+                    intensity,
+                    io_roof(intensity, self.link_bytes_s),
+                    compute_roof(length, draft_s, verify_s) if verify_s > 0 else 0.0,
+                    self.rate(number),
+                    self.rounds_by_draft[number],
+                )
+            )
+        return points
+
+    def _probe(self, rates: Sequence[float]) -> int:
+        """Give a neighbour of the choice to be measured again; from 0, the best there is."""
+        if self._choice == 0:
+            return max(range(1, self.most + 1), key=rates.__getitem__)
+        turn = self._num_rounds // _PROBE_EVERY % 3
+        near = (self._choice - 1, self._choice + 1, 0)[turn]
+        return min(near, self.most)
+
+    def _length(self, num_draft_tokens: int) -> float:
+        return accept_length([self.acceptance(position) for position in range(num_draft_tokens)])
+
+    def _draft_s(self, num_draft_tokens: int) -> float:
+        return num_draft_tokens * self._draft_token_s.value
+
+    def _copies_s(self, width: int) -> float:
+        rate = self._link_bytes_s.value
+        return self._bytes.at(width) / rate if rate > 0 else 0.0
+
+    def _modelled_s(self, num_draft_tokens: int) -> float:
+        width = num_draft_tokens + 1
+        return round_s(
+            self._draft_s(num_draft_tokens),
+            self._compute.at(width),
+            self._copies_s(width),
+            self._overlap[num_draft_tokens > 0].value,
+        )
+
+    def _correction(self, num_draft_tokens: int) -> float:
+        """Give measured / modelled, the more trusted the more often it was seen."""
+        seen = self._error.get(num_draft_tokens)
+        others = [
+            error.value
+            for number, error in self._error.items()
+            if (number > 0) == (num_draft_tokens > 0)
+        ]
+        usual = sum(others) / len(others) if others else 1.0
+        if seen is None:
+            return usual
+        trust = seen.count / (seen.count + 1)
+        return trust * seen.value + (1 - trust) * usual
+
+    def _learn_overlap(self, report: RoundReport, compute_s: float) -> None:
+        """See how much of the shorter of computing and copying was hidden."""
+        busy_s = report.draft_s + compute_s
+        shorter = min(busy_s, report.link_s)
+        if shorter <= 0:
+            return
+        measured_s = report.draft_s + report.verify_s
+        hidden = 1 - (measured_s - max(busy_s, report.link_s)) / shorter
+        self._overlap[report.num_draft_tokens > 0].add(min(max(hidden, 0.0), 1.0))
+
+
+class _Average:
+    """A moving average; of all values alike while they are few, a prior counting as one."""
+
+    __slots__ = ("_keep", "_num_values", "count", "value")
+
+    def __init__(self, prior: float | None = None, *, keep: float = _KEEP) -> None:
+        self._keep = keep
+        self.value = 0.0 if prior is None else prior
+        self.count = 0
+        self._num_values = 0 if prior is None else 1
+
+    def add(self, value: float) -> None:
+        """Average a value in."""
+        self.count += 1
+        self._num_values += 1
+        self.value += max(1 - self._keep, 1 / self._num_values) * (value - self.value)
+
+
+class _Curve:
+    """What is measured at some widths, and a line through it for the others.
+
+    Args:
+        exponent: Fit a power of the width instead of a line, and take this one while only one
+            width is known. None fits a line, through the origin while only one width is known.
+    """
+
+    def __init__(self, exponent: float | None = None) -> None:
+        self._exponent = exponent
+        self._means: dict[int, _Average] = {}
+
+    def add(self, width: int, value: float) -> None:
+        """Add a measurement."""
+        self._means.setdefault(width, _Average()).add(value)
+
+    def at(self, width: int) -> float:
+        """Give the value to expect at a width; 0 where nothing was measured."""
+        is_power = self._exponent is not None
+        points = [
+            (math.log(w) if is_power else w, math.log(m.value) if is_power else m.value)
+            for w, m in self._means.items()
+            if m.value > 0
+        ]
+        if not points:
+            return 0.0
+        mean_x = sum(x for x, _ in points) / len(points)
+        mean_y = sum(y for _, y in points) / len(points)
+        spread = sum((x - mean_x) ** 2 for x, _ in points)
+        if spread > 0:
+            slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+        else:
+            slope = mean_y / mean_x if self._exponent is None else self._exponent
+        # Wider rounds never cost less: what noise says against it is not believed.
+        height = mean_y + max(slope, 0.0) * ((math.log(width) if is_power else width) - mean_x)
+        return math.exp(height) if is_power else height
