@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib.figure import Figure
 
-from foreload.bench.measure import Arm, run_engine_arm, run_forced
+from foreload.bench.arm import Arm
+from foreload.bench.forced import run_forced
+from foreload.bench.measure import run_engine_arm
 from foreload.bench.plots import plot_timeline
 from foreload.bench.widen import widen_checkpoint
 from foreload.bench.workload import make_workloads

@@ -251,7 +251,9 @@ def accept_length(acceptance: Sequence[float]) -> float:
 
 
 def union_experts(num_tokens: float, num_experts: int, top_k: int, growth: float = 1.0) -> float:
-    """Give the distinct experts that tokens of one forward want in a layer: E (1 - (1 - K/E)^(n^g)).
+    """Give the distinct experts that the tokens of one forward want in a layer.
+
+    E * (1 - (1 - K / E) ** (n ** g)).
 
     Args:
         num_tokens: n, tokens in the forward.

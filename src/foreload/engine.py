@@ -77,6 +77,7 @@ __all__ = [
     "Engine",
     "GenerationResult",
     "default_cache_dir",
+    "least_memory",
     "prepare_draft",
     "resolve",
 ]
@@ -88,7 +89,7 @@ _MARGIN_BYTES = 1 << 30
 
 
 _IDLE_ROUNDS = 60
-"""Rounds in a row without a draft, three probes included, after which an optional one is dropped."""
+"""Rounds in a row without a draft, probes aside, after which an optional one is dropped."""
 
 _MADE_BY = {
     "default-vectors": ("a calibration", "calibrate"),
@@ -597,9 +598,10 @@ class Engine:
     def _reconsider_draft(self) -> None:
         """Give the draft's memory to the experts where drafting has long not paid."""
         drafter = self.drafter
-        if self._is_draft_optional and drafter is not None and drafter.draft is not None:
-            if drafter.governor.num_idle_rounds >= _IDLE_ROUNDS:
-                self.drop_draft()
+        if not self._is_draft_optional or drafter is None:
+            return
+        if drafter.governor.num_idle_rounds >= _IDLE_ROUNDS:
+            self.drop_draft()
 
 
 def default_cache_dir() -> Path:
@@ -634,9 +636,7 @@ def prepare_draft(
     folder = draft_folder(cache_dir, identity, config.draft)
     if not has_draft(folder):
         logger.info("building the draft in %s", folder)
-        build_draft(
-            loaded.sites, loaded.plans, identity, folder, config.draft, progress=progress
-        )
+        build_draft(loaded.sites, loaded.plans, identity, folder, config.draft, progress=progress)
     return read_draft(loaded.sites, loaded.plans, identity, folder, config.draft)
 
 
@@ -655,9 +655,8 @@ def resolve(
             machine's.
     """
     size = _slot_size(loaded.plans)
-    num_experts = sum(len(layer) for layer in loaded.plans)
-    whole = size * num_experts
-    least = min(whole, size * (loaded.spec.top_k + 1))
+    whole = size * sum(len(layer) for layer in loaded.plans)
+    least = least_memory(loaded)
     available = psutil.virtual_memory().available
     draft = _choose_draft(config, loaded, cache_dir)
     drafted = 0 if draft == "none" else draft_bytes(loaded.sites, loaded.plans, draft)
@@ -691,6 +690,19 @@ def resolve(
         expert_memory=(budget - drafted) // size * size + drafted,
         draft=draft,
     )
+
+
+def least_memory(loaded: LoadedModel, draft: str = "none") -> int:
+    """Give the bytes an expert memory must have: one layer's experts at work, one on its way.
+
+    Args:
+        loaded: The model.
+        draft: Kind of the draft beside it.
+    """
+    size = _slot_size(loaded.plans)
+    whole = size * sum(len(layer) for layer in loaded.plans)
+    drafted = 0 if draft == "none" else draft_bytes(loaded.sites, loaded.plans, draft)
+    return min(whole, size * (loaded.spec.top_k + 1)) + drafted
 
 
 def _choose_draft(config: EngineConfig, loaded: LoadedModel, cache_dir: Path | None) -> str:

@@ -36,6 +36,7 @@ class Metrics:
         num_rounds: Rounds of drafting and verifying, those of no draft token included.
         num_draft_tokens: Tokens drafted.
         num_accepted_tokens: Drafted tokens the target agreed with.
+        draft_s: Seconds of drafting.
         num_executed: Pairs of token and expert that were executed, or that a policy dropped.
         num_speculated: Of these, pairs the true router chose and a policy replaced or dropped.
         num_predicted: Predicted experts by (layer, distance), counted at the n a layer demands.
@@ -56,6 +57,7 @@ class Metrics:
     num_rounds: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    draft_s: float = 0.0
     num_executed: int = 0
     num_speculated: int = 0
     num_predicted: dict[tuple[int, int], int] = field(default_factory=dict)

@@ -9,13 +9,9 @@ import pytest
 import torch
 
 from fakes import make_engine, write_random_vectors
-from foreload.bench.measure import (
-    Arm,
-    measure_bandwidth,
-    run_engine_arm,
-    run_forced,
-    run_stock_arm,
-)
+from foreload.bench.arm import Arm
+from foreload.bench.forced import run_forced
+from foreload.bench.measure import measure_bandwidth, run_engine_arm, run_stock_arm
 from foreload.bench.suite import ENGINE_ARMS, RESIDENT, _load_stock
 from foreload.bench.workload import Workload
 from foreload.model.hf import load_model
@@ -25,7 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from foreload.bench.measure import ForcedRun, Sample
+    from foreload.bench.arm import Sample
+    from foreload.bench.forced import ForcedRun
     from foreload.model.hf import LoadedModel
     from foreload.trace.record import RoutingTrace
 

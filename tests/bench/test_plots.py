@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from foreload.bench import plots
-from foreload.bench.measure import Sample
+from foreload.bench.arm import Sample
 from foreload.bench.report import BudgetLimits
 from foreload.errors import MissingExtraError
 from foreload.metrics import Timeline

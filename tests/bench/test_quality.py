@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from foreload.bench.measure import Sample
+from foreload.bench.arm import Sample
 from foreload.bench.quality import pool_quality
 
 

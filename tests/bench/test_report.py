@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from foreload.bench.measure import Sample
+from foreload.bench.arm import Sample
 from foreload.bench.report import (
     BudgetLimits,
     belady_limit_s,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from foreload.bench.measure import Sample
+    from foreload.bench.arm import Sample
 
     Run = Callable[..., SuiteResult]
 

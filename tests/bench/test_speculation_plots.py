@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from foreload.bench import speculation_plots
-from foreload.bench.measure import Sample
+from foreload.bench.arm import Sample
 from foreload.bench.report import BudgetLimits
 from foreload.bench.speculation_plots import plot_speculation
 

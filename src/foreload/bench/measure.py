@@ -6,19 +6,25 @@ lossy arm that holds for the prompt, and what its other logits are worth stands 
 
 from __future__ import annotations
 
+import functools
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foreload.bench.arm import Arm, Sample
+from foreload.bench.forced import ForcedRun, run_forced, run_rounds
 from foreload.config import EngineConfig
-from foreload.engine import Engine, resolve
+from foreload.engine import Engine, least_memory, prepare_draft, resolve
 from foreload.evaluate import compare_logits
+from foreload.memory.disk import DiskBackend
+from foreload.memory.throttle import ThrottledBackend
 from foreload.model.kv_cache import make_kv_cache
+from foreload.predict.draft_routing import LookaheadBuffer
 from foreload.predict.estimator import Estimator
 from foreload.predict.oracle import Oracle
+from foreload.schedule.orchestrator import PrefetchRound
 from foreload.trace.record import RoutingRecorder
 
 if TYPE_CHECKING:
@@ -28,125 +34,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foreload.bench.workload import Workload
+    from foreload.memory.arena import SlotArena
+    from foreload.memory.transfer import CopyBackend
     from foreload.metrics import Metrics, Timeline
     from foreload.model.hf import LoadedModel
+    from foreload.model.self_draft import SelfDraft
     from foreload.trace.record import RoutingTrace
 
     Forward = Callable[[Tensor, Any], Tensor]
 
-__all__ = [
-    "Arm",
-    "ForcedRun",
-    "Sample",
-    "measure_bandwidth",
-    "run_engine_arm",
-    "run_forced",
-    "run_stock_arm",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way to run the model.
-
-    Attributes:
-        name: As tables and figures show it.
-        settings: Engine settings beside the memory; None for transformers itself.
-        implementation: For transformers itself: its experts implementation.
-        is_resident: Whether it gets the memory of all experts, whatever the budget.
-        is_oracle: Whether predictions are replayed from the workload's own trace.
-        is_pure: Whether its estimator speaks for every layer, even where another predictor was
-            measured to be better.
-        is_layerwise: Whether a layer is computed when all its experts have arrived, instead of each
-            expert as it arrives.
-    """
-
-    name: str
-    settings: dict[str, Any] | None = None
-    implementation: str | None = None
-    is_resident: bool = False
-    is_oracle: bool = False
-    is_pure: bool = False
-    is_layerwise: bool = False
-
-    @property
-    def is_lossy(self) -> bool:
-        """Tell whether it may execute other experts than the true router's."""
-        policy: str = (self.settings or {}).get("policy", "exact")
-        return policy != "exact"
-
-
-@dataclass(slots=True, kw_only=True)
-class Sample:
-    """One arm, one context, one budget, one trial. Times in seconds, bytes per decoded token.
-
-    Attributes:
-        context: Tokens of the prompt.
-        is_equal: Whether the logits are the reference's bit for bit; of a lossy arm, those of the
-            prompt, which no policy changes.
-        is_lossy: Whether the arm may execute other experts than the true router's.
-        is_layerwise: Whether it computes whole layers, see `Arm`.
-        eviction: Eviction policy; empty for transformers itself.
-        quality: Of a lossy arm, for each decoded token that another follows, what
-            `evaluate.TokenQuality` has.
-    """
-
-    arm: str
-    budget: float
-    trial: int
-    tpot_s: float
-    prefill_s: float
-    step_s: list[float]
-    is_equal: bool
-    context: int = 0
-    is_resident: bool = False
-    is_lossy: bool = False
-    is_layerwise: bool = False
-    eviction: str = ""
-    hit_rate: float | None = None
-    late_rate: float | None = None
-    bytes_per_token: float = 0.0
-    prefetch_bytes_per_token: float = 0.0
-    wasted_bytes_per_token: float = 0.0
-    stall_s_per_token: float = 0.0
-    prefetch_precision: float | None = None
-    num_slots: int = 0
-    recall_at_n: dict[int, dict[int, float]] = field(default_factory=dict)
-    speculated_fraction: float = 0.0
-    quality: dict[str, list[float]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the sample as JSON-ready values."""
-        return asdict(self)
-
-
-@dataclass(slots=True)
-class ForcedRun:
-    """Logits and times of one forced decode."""
-
-    logits: Tensor
-    prefill_s: float
-    step_s: list[float]
-
-
-def run_forced(forward: Forward, workload: Workload, kv_cache: Any) -> ForcedRun:
-    """Prefill the prompt, then feed the rest one token at a time.
-
-    Args:
-        forward: From token ids (1, T) and a cache to the last position's logits (V,).
-        workload: What to feed.
-        kv_cache: Empty cache.
-    """
-    ids = torch.tensor([workload.token_ids])
-    start = time.perf_counter()
-    rows = [forward(ids[:, : workload.num_prompt_tokens], kv_cache)]
-    prefill_s = time.perf_counter() - start
-    step_s = []
-    for place in range(workload.num_prompt_tokens, ids.shape[1]):
-        start = time.perf_counter()
-        rows.append(forward(ids[:, place : place + 1], kv_cache))
-        step_s.append(time.perf_counter() - start)
-    return ForcedRun(torch.stack(rows), prefill_s, step_s)
+__all__ = ["make_backend", "measure_bandwidth", "run_engine_arm", "run_stock_arm"]
 
 
 def run_engine_arm(
@@ -160,6 +57,7 @@ def run_engine_arm(
     trace: RoutingTrace | None = None,
     reference: Tensor | None = None,
     with_timeline: bool = False,
+    link_bytes_s: float | None = None,
 ) -> tuple[Sample, ForcedRun, RoutingTrace, Timeline]:
     """Run one trial of a foreload arm in an engine of its own, from an empty cache.
 
@@ -174,17 +72,32 @@ def run_engine_arm(
         reference: Logits an exact arm must reproduce bit for bit, and a lossy one is judged by,
             (1 + decoded, V).
         with_timeline: Whether to keep the decode's spans.
+        link_bytes_s: Bandwidth that copies are throttled to; None takes what there is.
 
     Returns:
         The sample, the raw run, the routing of this run (empty for a lossy arm), and its timeline.
     """
     memory = "100%" if arm.is_resident else f"{budget * 100:g}%"
     settings = {"expert_memory": memory, **(arm.settings or {})}
+    if arm.is_draft_alone:
+        settings["expert_memory"] = least_memory(loaded, settings["draft"])
     config = resolve(EngineConfig.from_dict(settings), loaded)
     if arm.is_oracle and trace is None:
         raise ValueError(f"{arm.name} needs the workload's trace")
-    oracle = Oracle(trace.demands()) if arm.is_oracle and trace is not None else None
-    engine = Engine(loaded, None, config, cache_dir=cache_dir, predictor=oracle)
+    is_replayed = arm.is_oracle and not arm.has_draft
+    oracle = Oracle(trace.demands()) if is_replayed and trace is not None else None
+    draft = prepare_draft(config, loaded, cache_dir=cache_dir)
+    if draft is not None and not arm.has_kernel:
+        draft = draft.without_kernels()
+    engine = Engine(
+        loaded,
+        None,
+        config,
+        cache_dir=cache_dir,
+        predictor=oracle,
+        draft=draft,
+        backend=make_backend(link_bytes_s),
+    )
     recorder = RoutingRecorder(engine.spec.num_moe_layers, engine.spec.num_experts)
     with engine:
         if arm.is_resident:
@@ -198,15 +111,28 @@ def run_engine_arm(
         marks: list[Metrics] = []
 
         def forward(ids: Tensor, kv_cache: Any) -> Tensor:
-            marks.append(engine.metrics.snapshot())
-            is_prompt = len(marks) == 1
+            is_prompt = not marks
             engine.timeline.is_on = with_timeline and not is_prompt
             with engine.runtime.prefilling() if is_prompt else nullcontext():
-                return engine.forward(ids, kv_cache)
+                logits = engine.forward(ids, kv_cache)
+            if is_prompt:
+                marks.append(engine.metrics.snapshot())
+                engine.timeline.is_on = with_timeline
+            return logits
 
-        run = run_forced(forward, workload, engine.make_cache())
+        drafter = engine.drafter
+        if drafter is not None:
+            drafter.is_prefetching = arm.is_asynchronous
+            if arm.is_oracle and trace is not None:
+                drafter.foresight = functools.partial(_foresee, trace, workload)
+        if drafter is None:
+            run = run_forced(forward, workload, engine.make_cache())
+        elif arm.is_draft_alone:
+            run = run_forced(_alone(drafter, forward), workload, engine.make_cache())
+        else:
+            run = run_rounds(drafter, forward, workload, engine.make_request_cache())
         # The first forward is the prefill, however short the prompt.
-        counted = engine.metrics.since(marks[1])
+        counted = engine.metrics.since(marks[0])
         tokens = workload.num_decode_tokens
         sample = Sample(
             arm=arm.name,
@@ -232,6 +158,14 @@ def run_engine_arm(
             recall_at_n=counted.recall_at_n,
             speculated_fraction=counted.speculated_fraction,
         )
+        if drafter is not None and not arm.is_draft_alone:
+            sample.acceptance_rate = counted.acceptance_rate
+            sample.accept_length = counted.accept_length
+            sample.draft_s_per_token = counted.draft_s / tokens
+            sample.rounds = dict(sorted(drafter.governor.rounds_by_draft.items()))
+            sample.roofs = [point._asdict() for point in drafter.governor.roofs()]
+            if reference is not None:
+                sample.num_other, sample.widest_tie = _compare_choices(run.logits, reference)
         if arm.is_lossy and reference is not None:
             sample.quality = _judge(run, reference, workload)
         engine.timeline.is_on = False
@@ -277,9 +211,56 @@ def run_stock_arm(
     return sample, run
 
 
+def make_backend(link_bytes_s: float | None) -> Callable[[SlotArena], CopyBackend]:
+    """Give what makes an engine's copies: as fast as the disk is, or throttled."""
+    if link_bytes_s is None:
+        return DiskBackend
+    return lambda arena: ThrottledBackend(DiskBackend(arena), link_bytes_s)
+
+
+def _alone(drafter: SelfDraft, forward: Forward) -> Forward:
+    """Give the forward of the draft itself, nothing of which is verified or prefetched."""
+    draft = drafter.draft
+    if draft is None:
+        raise ValueError("the draft was let go of")
+    nothing = PrefetchRound(
+        drafter.tiers,
+        LookaheadBuffer(drafter.num_layers),
+        num_layers=drafter.num_layers,
+        chances=(1.0,),
+        num_workers=1,
+        link_experts=0.0,
+        is_prefetching=False,
+    )
+
+    def forward_draft(ids: Tensor, kv_cache: Any) -> Tensor:
+        with drafter.runtime.drafting(draft.run_layer, nothing):
+            return forward(ids, kv_cache)
+
+    return forward_draft
+
+
+def _foresee(trace: RoutingTrace, workload: Workload, position: int, layer: int) -> tuple[int, ...]:
+    """Give where the target sent the token at a position of the text."""
+    return trace.steps[1 + position - workload.num_prompt_tokens][layer].experts
+
+
+def _compare_choices(logits: Tensor, reference: Tensor) -> tuple[int, float]:
+    """Count steps with another likeliest token, and give the widest gap between both there."""
+    own, true = logits.argmax(-1), reference.argmax(-1)
+    places = (own != true).nonzero().flatten()
+    if not len(places):
+        return 0, 0.0
+    gaps = reference[places, true[places]] - reference[places, own[places]]
+    return len(places), float(gaps.max())
+
+
 def _is_equal(run: ForcedRun, reference: Tensor | None, arm: Arm) -> bool:
-    if reference is None:
+    if reference is None or arm.is_draft_alone:
         return True
+    if arm.has_draft:
+        # Forwards of several tokens round differently than those of one.
+        return torch.equal(run.logits[:1], reference[:1]) and _is_close(run.logits, reference)
     compared = 1 if arm.is_lossy else len(reference)
     return torch.equal(run.logits[:compared], reference[:compared])
 

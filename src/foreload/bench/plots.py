@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from foreload.bench.measure import Sample
+    from foreload.bench.arm import Sample
     from foreload.bench.report import BudgetLimits
     from foreload.metrics import Timeline
 

@@ -14,7 +14,7 @@ from foreload.evaluate import bootstrap_interval
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from foreload.bench.measure import Sample
+    from foreload.bench.arm import Sample
     from foreload.evaluate import Interval
 
 __all__ = ["ArmQuality", "pool_quality"]

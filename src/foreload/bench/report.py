@@ -15,7 +15,7 @@ from foreload.config import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from foreload.bench.measure import Sample
+    from foreload.bench.arm import Sample
 
 __all__ = [
     "BudgetLimits",

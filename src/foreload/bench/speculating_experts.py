@@ -9,7 +9,7 @@ Reference:
 
 from __future__ import annotations
 
-from foreload.bench.measure import Arm
+from foreload.bench.arm import Arm
 from foreload.bench.speculation_plots import plot_speculation
 from foreload.bench.speculation_report import summarise_speculation
 from foreload.bench.suite import STOCK_ARMS, Suite

@@ -22,7 +22,7 @@ from foreload.bench.report import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from foreload.bench.measure import Sample
+    from foreload.bench.arm import Sample
     from foreload.bench.report import BudgetLimits
     from foreload.evaluate import Interval
 

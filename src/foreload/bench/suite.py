@@ -11,10 +11,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from foreload.bench.arm import Arm, Sample
 from foreload.bench.machine import describe_machine
 from foreload.bench.measure import (
-    Arm,
-    Sample,
+    make_backend,
     measure_bandwidth,
     run_engine_arm,
     run_stock_arm,
@@ -112,6 +112,8 @@ class SuiteOptions:
         with_stock: Whether transformers itself runs too; it needs memory for all experts.
         output: Where samples, table and figures go; None writes nothing.
         seed: Decides the windows.
+        link_bytes_s: Bandwidth that copies are throttled to, to rehearse another machine; None
+            takes what there is.
     """
 
     model: str = "demo"
@@ -125,6 +127,7 @@ class SuiteOptions:
     with_stock: bool = True
     output: Path | None = None
     seed: int = 0
+    link_bytes_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -194,6 +197,7 @@ class _SuiteRun:
         self._loaded = load_model(directory, dtype=options.dtype)
         self._cache_dir = default_cache_dir()
         self.result = SuiteResult(machine=describe_machine(self._loaded, options.model))
+        self.result.machine["link_bytes_s"] = options.link_bytes_s
         self._check_contexts()
         self.arms = self._available_arms()
         self._stock = _load_stock(directory, self._loaded) if options.with_stock else None
@@ -284,6 +288,7 @@ class _SuiteRun:
             trace=trace,
             reference=reference,
             with_timeline=drawn,
+            link_bytes_s=self._options.link_bytes_s,
         )
         if self.result.machine["is_random"]:
             sample.quality = {}
@@ -314,7 +319,13 @@ class _SuiteRun:
         """Measure the bandwidth and replay the trace under every policy."""
         memory = f"{budget * 100:g}%"
         config = resolve(EngineConfig(expert_memory=memory, predictor="none"), self._loaded)
-        with Engine(self._loaded, None, config, cache_dir=self._cache_dir) as engine:
+        with Engine(
+            self._loaded,
+            None,
+            config,
+            cache_dir=self._cache_dir,
+            backend=make_backend(self._options.link_bytes_s),
+        ) as engine:
             bandwidth = measure_bandwidth(engine)
             slots = engine.tiers.num_slots
         names = ("none", "lru", "lfu", "least-stale", "next-use", "history", "belady")

@@ -28,8 +28,10 @@ from foreload.ops.cpu import (
     LayerDraft,
     MatrixFormat,
     PackedMatrix,
+    UnpackedMatrix,
     draft_forward,
     matrix_format,
+    nibble_places,
     pack,
     unpack,
 )
@@ -96,12 +98,20 @@ class DraftExperts:
 
     def without_kernels(self) -> DraftExperts:
         """Copy with plain codes, dequantised at every use: what packed kernels save."""
+        known: dict[MatrixFormat, Tensor] = {}
+
+        def bare(matrices: Sequence[PackedMatrix | UnpackedMatrix]) -> list[UnpackedMatrix]:
+            found = []
+            for matrix in matrices:
+                if isinstance(matrix, PackedMatrix):
+                    shape = matrix.format
+                    if shape.bits == 4 and shape not in known:
+                        known[shape] = nibble_places(shape)
+                    found.append(unpack(matrix, known.get(shape)))
+            return found
+
         layers = [
-            layer._replace(
-                first=[unpack(m) for m in layer.first if isinstance(m, PackedMatrix)],
-                down=[unpack(m) for m in layer.down if isinstance(m, PackedMatrix)],
-            )
-            for layer in self._layers
+            layer._replace(first=bare(layer.first), down=bare(layer.down)) for layer in self._layers
         ]
         return DraftExperts(layers, self.kind, self.num_bytes)
 

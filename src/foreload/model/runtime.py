@@ -227,7 +227,7 @@ class ExpertRuntime:
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        """Compute one MoE layer of the draft; what it wants begins to come before it is computed."""
+        """Compute one MoE layer of the draft, once the target's experts have begun to come."""
         run, prefetches = drafting
         with self._lock:
             # A single-token step that drafting interrupts is not timed: where it ended is unknown.

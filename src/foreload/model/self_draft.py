@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from foreload.model.draft import DraftExperts
     from foreload.model.runtime import ExpertRuntime
     from foreload.schedule.governor import Governor
+    from foreload.schedule.orchestrator import Foresight
 
     Forward = Callable[[Tensor, Any], Tensor]
 
@@ -50,8 +51,8 @@ class SelfDraft:
         draft: The quantised experts; None once they were let go of: then nothing is drafted.
         is_prefetching: Whether copies begin while drafting; for comparison.
         on_round: Told each round's lookahead buffer when it is settled; for measuring.
-        foresight: Gives a drafted position's routing at a layer in place of the draft's own; for
-            comparison with a draft that routes perfectly.
+        foresight: Gives, by position in the text and layer, who will be wanted, in place of the
+            draft's own routing; for comparison with a draft that routes perfectly.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class SelfDraft:
         self.tiers = tiers
         self.metrics = metrics
         self.forward = forward
-        self._num_layers = num_layers
+        self.num_layers = num_layers
+        self.foresight: Foresight | None = None
 
     def begin(self, kv_cache: Any, most: int) -> DraftRound:
         """Make a round that drafts as many tokens as pays, at most `most`; none is a choice."""
@@ -81,15 +83,21 @@ class SelfDraft:
         chances = self.governor.chances(number)
         prefetches = PrefetchRound(
             self.tiers,
-            LookaheadBuffer(self._num_layers),
-            num_layers=self._num_layers,
+            LookaheadBuffer(self.num_layers),
+            num_layers=self.num_layers,
             chances=chances,
             num_workers=self.tiers.num_workers,
             link_experts=self._link_experts(),
-            first_order=(self.metrics.num_steps + 1) * self._num_layers,
+            first_order=(self.metrics.num_steps + 1) * self.num_layers,
             is_prefetching=self.is_prefetching,
+            foresight=None if self.foresight is None else self._foresee(kv_cache),
         )
         return DraftRound(self, kv_cache, number, prefetches)
+
+    def _foresee(self, kv_cache: Any) -> Foresight | None:
+        """Give foresight by drafted token instead of by position in the text."""
+        told, start = self.foresight, kv_cache.get_seq_length()
+        return None if told is None else lambda token, layer: told(start + token, layer)
 
     def release(self) -> None:
         """Let go of the draft's memory; rounds draft nothing from now on."""
@@ -191,6 +199,7 @@ class DraftRound:
         metrics.num_draft_tokens += drafted
         metrics.num_accepted_tokens += num_accepted
         begun, verified, end = self._start, self._verify_start, self._verify_end
+        metrics.draft_s += verified.time_s - begun.time_s
         owner.governor.learn(
             RoundReport(
                 num_draft_tokens=drafted,

@@ -27,6 +27,7 @@ __all__ = [
     "UnpackedMatrix",
     "draft_forward",
     "matrix_format",
+    "nibble_places",
     "pack",
     "unpack",
 ]
@@ -167,18 +168,43 @@ def pack(
     )
 
 
-def unpack(matrix: PackedMatrix) -> UnpackedMatrix:
-    """Read codes and scales back from a packed matrix."""
+def nibble_places(shape: MatrixFormat) -> Tensor:
+    """Give where each code of a packed int4 matrix lies, whatever the processor's layout.
+
+    Returns:
+        (rows * columns / 2, 2) int64: the flat places in (N, K) of the low and the high half of
+        each packed byte.
+
+    Cost:
+        One packing per bit of the largest place.
+    """
+    num_rows, num_columns = shape.padded_rows, shape.padded_columns
+    every = torch.arange(num_rows * num_columns, dtype=torch.int32).view(num_rows, num_columns)
+    places = torch.zeros(num_rows * num_columns // 2, 2, dtype=torch.int64)
+    for bit in range((num_rows * num_columns - 1).bit_length()):
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((every >> bit) & 1, 1)
+        halves = torch.stack((packed & 15, packed >> 4), -1).view(-1, 2)
+        places |= halves.long() << bit
+    return places
+
+
+def unpack(matrix: PackedMatrix, places: Tensor | None) -> UnpackedMatrix:
+    """Read codes and scales back from a packed matrix.
+
+    Args:
+        matrix: The packed matrix.
+        places: `nibble_places` of its format; None for 8 bits.
+    """
     shape = matrix.format
-    if shape.bits == 8:
+    if places is None:
         return UnpackedMatrix(shape, Quantised(matrix.weight, matrix.scales[:, None]))
-    ones = torch.ones_like(matrix.scales)
-    ones[..., 1] = 0
-    # With all scales 1 the product with the unit matrix is the codes.
-    unit = torch.eye(shape.padded_columns, dtype=torch.bfloat16)
-    codes = torch.ops.aten._weight_int4pack_mm_for_cpu(unit, matrix.weight, shape.group, ones)
+    halves = torch.stack((matrix.weight & 15, matrix.weight >> 4), -1).view(-1, 2)
+    codes = torch.empty(shape.padded_rows * shape.padded_columns, dtype=torch.int8)
+    codes[places] = halves.to(torch.int8) - 8
     scales = matrix.scales[..., 0].t().contiguous()
-    return UnpackedMatrix(shape, Quantised(codes.t().to(torch.int8).contiguous(), scales))
+    return UnpackedMatrix(
+        shape, Quantised(codes.view(shape.padded_rows, shape.padded_columns), scales)
+    )
 
 
 def draft_forward(

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 from foreload.types import ExpertKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from foreload.predict.draft_routing import LookaheadBuffer
+
+    Foresight = Callable[[int, int], Sequence[int]]
 
 __all__ = ["ForesightTarget", "Phase", "PrefetchRound"]
 
@@ -72,6 +74,8 @@ class PrefetchRound:
         link_experts: Experts that the link carries while one token is drafted.
         first_order: Rank of the verification's first layer among prefetches.
         is_prefetching: Whether copies are started at all; eviction knows the future either way.
+        foresight: Gives, by drafted token and layer, who will be wanted, in place of the draft's
+            own routing; None trusts the draft.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class PrefetchRound:
         link_experts: float,
         first_order: float = 0.0,
         is_prefetching: bool = True,
+        foresight: Foresight | None = None,
     ) -> None:
         self.buffer = buffer
         self.phase = Phase.PRIMING
@@ -95,12 +100,15 @@ class PrefetchRound:
         self._link_experts = link_experts
         self._first_order = first_order
         self._is_prefetching = is_prefetching
+        self._foresight = foresight
         self._candidates: list[tuple[int, float, int]] = []
         self._started: list[ExpertKey] = []
         self._reached = -1
 
     def note(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """Learn where the token being drafted was sent, and start what there is room for."""
+        if self._foresight is not None:
+            experts = self._foresight(self.buffer.num_tokens, layer)
         self.buffer.note(layer, experts, weights, self._chances[self.buffer.num_tokens])
         uses = self.buffer.uses(layer)
         self._foresee(layer, is_complete=False)
