@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from foreload.config import EngineConfig
-from foreload.engine import Engine, resolve
+from foreload.engine import Engine
 from foreload.memory.arena import SlotArena, slot_bytes
 from foreload.memory.disk import DiskBackend
 from foreload.memory.eviction import make_eviction
@@ -19,6 +19,7 @@ from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, Timeline
 from foreload.model.hf import load_model, load_tokenizer
 from foreload.predict.calibration import DefaultVectorRecorder, calibration_path
+from foreload.resolution import resolve
 from foreload.types import ExpertKey, ExpertPlan, ExpertTensor, Prediction, Routing, Span
 
 if TYPE_CHECKING:

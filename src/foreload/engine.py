@@ -17,47 +17,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
-from foreload.config import EngineConfig, SamplingConfig, parse_size
+from foreload.config import EngineConfig, SamplingConfig
 from foreload.decode.clock import RequestClock
 from foreload.decode.loop import StopText, decode
 from foreload.decode.prompt import encode_prompt
 from foreload.decode.text import Detokenizer
-from foreload.errors import CapacityError, ConfigError, ForeloadError, UnsupportedModelError
-from foreload.memory.arena import SlotArena, slot_bytes
+from foreload.errors import ConfigError, ForeloadError, UnsupportedModelError
+from foreload.memory.arena import SlotArena
 from foreload.memory.disk import DiskBackend
 from foreload.memory.eviction import make_eviction
 from foreload.memory.tiers import ExpertTiers
 from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, Timeline
-from foreload.model.draft import (
-    DRAFT_BITS,
-    build_draft,
-    draft_bytes,
-    draft_folder,
-    has_draft,
-    read_draft,
-)
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
-from foreload.model.kv_cache import can_rewind, make_kv_cache, rewind
+from foreload.model.kv_cache import make_kv_cache, rewind
 from foreload.model.runtime import ExpertRuntime
 from foreload.model.self_draft import SelfDraft
 from foreload.model.selfcheck import find_sum_rules
-from foreload.model.sites import EarlyRouter, probe_sites, router_logits, silenced_experts
+from foreload.model.sites import EarlyRouter, probe_sites, router_logits
 from foreload.model.source import resolve_model
 from foreload.ops.scores import ScoreRule
 from foreload.predict.calibration import calibration_path, read_default_vectors
 from foreload.predict.choice import MeasuredChoice
 from foreload.predict.estimator import CorrectedRouter, Estimator, estimator_path, read_estimator
 from foreload.predict.lookahead import DefaultVectors, Lookahead
+from foreload.resolution import default_cache_dir, prepare_draft, resolve, slot_size
 from foreload.schedule.governor import Governor
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 from foreload.schedule.prefetch import PrefetchSwitch, most_prefetches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from torch import Tensor
@@ -70,22 +62,11 @@ if TYPE_CHECKING:
     from foreload.model.sites import MoeSite
     from foreload.predict.estimator import LayerNetwork
     from foreload.schedule.policy import ExecutionPolicy
-    from foreload.types import ExpertPlan, ModelSpec, Predictor
+    from foreload.types import ModelSpec, Predictor
 
-__all__ = [
-    "Chunk",
-    "Engine",
-    "GenerationResult",
-    "default_cache_dir",
-    "least_memory",
-    "prepare_draft",
-    "resolve",
-]
+__all__ = ["Chunk", "Engine", "GenerationResult"]
 
 logger = logging.getLogger(__name__)
-
-_MARGIN_BYTES = 1 << 30
-"""Left to the rest of the machine by expert_memory="auto", beside the KV cache and workspaces."""
 
 
 _IDLE_ROUNDS = 60
@@ -174,7 +155,7 @@ class Engine:
         self._cancelled = threading.Event()
         self._closed = False
         self._handles: list[Any] = []
-        size = _slot_size(loaded.plans)
+        size = slot_size(loaded.plans)
         # Slots beyond those in use cost nothing: they become the draft's heirs if it is let go of.
         self._arena = SlotArena(int(config.expert_memory) // size, size)
         self._is_draft_optional = is_draft_optional
@@ -602,133 +583,3 @@ class Engine:
             return
         if drafter.governor.num_idle_rounds >= _IDLE_ROUNDS:
             self.drop_draft()
-
-
-def default_cache_dir() -> Path:
-    """Give where foreload keeps what it has measured, unless told otherwise."""
-    return Path.home() / ".cache" / "foreload"
-
-
-def prepare_draft(
-    config: EngineConfig,
-    loaded: LoadedModel,
-    *,
-    cache_dir: Path,
-    progress: Callable[[int, int], None] | None = None,
-) -> DraftExperts | None:
-    """Give the draft that resolved settings ask for, built if it is not there yet.
-
-    Args:
-        config: Settings, resolved.
-        loaded: The model.
-        cache_dir: Where drafts are kept.
-        progress: Called with (done, total) bytes while it is built.
-
-    Raises:
-        UnsupportedModelError: The model's KV cache cannot go back.
-        CheckpointError: The draft's folder is damaged.
-        CapacityError: The disk is full.
-    """
-    if config.draft == "none":
-        return None
-    _require_rewind(loaded)
-    identity = loaded.spec.identity
-    folder = draft_folder(cache_dir, identity, config.draft)
-    if not has_draft(folder):
-        logger.info("building the draft in %s", folder)
-        build_draft(loaded.sites, loaded.plans, identity, folder, config.draft, progress=progress)
-    return read_draft(loaded.sites, loaded.plans, identity, folder, config.draft)
-
-
-def resolve(
-    config: EngineConfig, loaded: LoadedModel, *, cache_dir: Path | None = None
-) -> EngineConfig:
-    """Replace every "auto" that depends on the model or the machine.
-
-    Args:
-        config: Settings as asked for.
-        loaded: The model.
-        cache_dir: Where draft="auto" looks for one; nowhere where None.
-
-    Raises:
-        CapacityError: The expert memory is below what one layer and the draft need, or above the
-            machine's.
-    """
-    size = _slot_size(loaded.plans)
-    whole = size * sum(len(layer) for layer in loaded.plans)
-    least = least_memory(loaded)
-    available = psutil.virtual_memory().available
-    draft = _choose_draft(config, loaded, cache_dir)
-    drafted = 0 if draft == "none" else draft_bytes(loaded.sites, loaded.plans, draft)
-    if config.expert_memory == "auto":
-        budget = min(whole + drafted, available - _MARGIN_BYTES)
-    else:
-        asked = parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
-        budget = min(whole + drafted, asked)
-        if budget > available:
-            raise CapacityError(
-                "the machine has less free memory than expert_memory asks for",
-                needed_bytes=budget,
-                available_bytes=available,
-                setting="expert_memory",
-            )
-    if budget < least + drafted and config.draft == "auto":
-        draft, drafted = "none", 0
-        budget = min(whole, budget)
-    if budget < least + drafted:
-        more = "" if draft == "none" else f", beside the {draft} draft"
-        raise CapacityError(
-            f"expert_memory is below one layer's needs ({loaded.spec.top_k} experts at work and "
-            f"one on its way{more})",
-            needed_bytes=least + drafted,
-            available_bytes=max(budget, 0),
-            setting="expert_memory",
-        )
-    return config.with_values(
-        device="cpu",
-        dtype=loaded.spec.dtype,
-        expert_memory=(budget - drafted) // size * size + drafted,
-        draft=draft,
-    )
-
-
-def least_memory(loaded: LoadedModel, draft: str = "none") -> int:
-    """Give the bytes an expert memory must have: one layer's experts at work, one on its way.
-
-    Args:
-        loaded: The model.
-        draft: Kind of the draft beside it.
-    """
-    size = _slot_size(loaded.plans)
-    whole = size * sum(len(layer) for layer in loaded.plans)
-    drafted = 0 if draft == "none" else draft_bytes(loaded.sites, loaded.plans, draft)
-    return min(whole, size * (loaded.spec.top_k + 1)) + drafted
-
-
-def _choose_draft(config: EngineConfig, loaded: LoadedModel, cache_dir: Path | None) -> str:
-    """Give the kind of draft to try: for "auto" one that has been built already."""
-    if config.draft != "auto":
-        return config.draft
-    if cache_dir is None:
-        return "none"
-    built = (
-        kind
-        for kind in DRAFT_BITS
-        if has_draft(draft_folder(cache_dir, loaded.spec.identity, kind))
-    )
-    return next(built, "none")
-
-
-def _require_rewind(loaded: LoadedModel) -> None:
-    with silenced_experts(loaded.sites):
-        is_fine = can_rewind(loaded.model)
-    if not is_fine:
-        raise UnsupportedModelError(
-            f"{loaded.spec.architecture} cannot verify a draft: its cache keeps states that cannot "
-            "go back to an earlier token",
-            hint="use draft='none'",
-        )
-
-
-def _slot_size(plans: Sequence[Sequence[ExpertPlan]]) -> int:
-    return max(slot_bytes(plan) for layer in plans for plan in layer)

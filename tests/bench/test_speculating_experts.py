@@ -13,10 +13,10 @@ from fakes import write_random_vectors
 from foreload.bench.speculating_experts import SPECULATING_EXPERTS, SPECULATION_ARMS
 from foreload.bench.suite import SuiteOptions, SuiteResult, run_suite
 from foreload.config import EngineConfig
-from foreload.engine import default_cache_dir
 from foreload.errors import ConfigError
 from foreload.model.hf import load_model
 from foreload.predict.estimator import LayerNetwork, TrainedEstimator, estimator_path
+from foreload.resolution import default_cache_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,9 +10,9 @@ import pytest
 from fakes import write_random_vectors
 from foreload.bench import suite
 from foreload.bench.suite import ENGINE_ARMS, ENGINE_SUITE, SuiteOptions, run_suite
-from foreload.engine import default_cache_dir
 from foreload.errors import ConfigError
 from foreload.model.hf import load_model
+from foreload.resolution import default_cache_dir
 
 if TYPE_CHECKING:
     from pathlib import Path

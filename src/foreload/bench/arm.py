@@ -65,6 +65,7 @@ class Sample:
         accept_length: Tokens per round.
         draft_s_per_token: Seconds of drafting per decoded token.
         rounds: How many rounds drafted how many tokens.
+        verifications: Of each round, what `self_draft.Verification` has.
         roofs: The governor's choices under both roofs, see `governor.RoofPoint`.
         quality: Of a lossy arm, for each decoded token that another follows, what
             `evaluate.TokenQuality` has.
@@ -98,6 +99,7 @@ class Sample:
     accept_length: float | None = None
     draft_s_per_token: float = 0.0
     rounds: dict[int, int] = field(default_factory=dict)
+    verifications: list[list[float]] = field(default_factory=list)
     roofs: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, list[float]] = field(default_factory=dict)
 

@@ -16,7 +16,7 @@ import torch
 from foreload.bench.arm import Arm, Sample
 from foreload.bench.forced import ForcedRun, run_forced, run_rounds
 from foreload.config import EngineConfig
-from foreload.engine import Engine, least_memory, prepare_draft, resolve
+from foreload.engine import Engine
 from foreload.evaluate import compare_logits
 from foreload.memory.disk import DiskBackend
 from foreload.memory.throttle import ThrottledBackend
@@ -24,6 +24,7 @@ from foreload.model.kv_cache import make_kv_cache
 from foreload.predict.draft_routing import LookaheadBuffer
 from foreload.predict.estimator import Estimator
 from foreload.predict.oracle import Oracle
+from foreload.resolution import least_memory, prepare_draft, resolve
 from foreload.schedule.orchestrator import PrefetchRound
 from foreload.trace.record import RoutingRecorder
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from foreload.memory.transfer import CopyBackend
     from foreload.metrics import Metrics, Timeline
     from foreload.model.hf import LoadedModel
-    from foreload.model.self_draft import SelfDraft
+    from foreload.model.self_draft import SelfDraft, Verification
     from foreload.trace.record import RoutingTrace
 
     Forward = Callable[[Tensor, Any], Tensor]
@@ -77,7 +78,8 @@ def run_engine_arm(
     Returns:
         The sample, the raw run, the routing of this run (empty for a lossy arm), and its timeline.
     """
-    memory = "100%" if arm.is_resident else f"{budget * 100:g}%"
+    # A draft comes on top of all experts; what no expert needs is not taken.
+    memory = "200%" if arm.is_resident else f"{budget * 100:g}%"
     settings = {"expert_memory": memory, **(arm.settings or {})}
     if arm.is_draft_alone:
         settings["expert_memory"] = least_memory(loaded, settings["draft"])
@@ -121,7 +123,9 @@ def run_engine_arm(
             return logits
 
         drafter = engine.drafter
+        verifications: list[Verification] = []
         if drafter is not None:
+            drafter.on_round = lambda this: verifications.append(this.verification)
             drafter.is_prefetching = arm.is_asynchronous
             if arm.is_oracle and trace is not None:
                 drafter.foresight = functools.partial(_foresee, trace, workload)
@@ -162,6 +166,7 @@ def run_engine_arm(
             sample.acceptance_rate = counted.acceptance_rate
             sample.accept_length = counted.accept_length
             sample.draft_s_per_token = counted.draft_s / tokens
+            sample.verifications = [list(seen) for seen in verifications]
             sample.rounds = dict(sorted(drafter.governor.rounds_by_draft.items()))
             sample.roofs = [point._asdict() for point in drafter.governor.roofs()]
             if reference is not None:

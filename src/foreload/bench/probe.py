@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from foreload.config import EngineConfig
-from foreload.engine import Engine, default_cache_dir, resolve
+from foreload.engine import Engine
 from foreload.errors import ConfigError
 from foreload.memory.arena import SlotArena
 from foreload.memory.disk import DiskBackend
@@ -33,6 +33,7 @@ from foreload.model.sites import EarlyRouter
 from foreload.model.source import DEMO_NAME, resolve_model
 from foreload.ops.reference import expert_forward
 from foreload.predict.lookahead import Lookahead
+from foreload.resolution import default_cache_dir, resolve
 from foreload.types import ExpertKey, Priority, Span
 
 if TYPE_CHECKING:

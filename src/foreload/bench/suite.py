@@ -23,12 +23,13 @@ from foreload.bench.plots import plot_timeline, plot_tpot
 from foreload.bench.report import BudgetLimits, label_arm, summarise
 from foreload.bench.workload import make_workloads
 from foreload.config import EngineConfig
-from foreload.engine import Engine, default_cache_dir, resolve
+from foreload.engine import Engine
 from foreload.errors import ConfigError
 from foreload.model.hf import load_model, load_tokenizer
 from foreload.model.source import resolve_model
 from foreload.predict.calibration import calibration_path
 from foreload.predict.estimator import estimator_path
+from foreload.resolution import default_cache_dir, resolve
 from foreload.trace.replay import replay
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from foreload.cli.options import DEFAULT_MODEL, ModelArgument, parse_budgets
+from foreload.cli.options import DEFAULT_MODEL, ModelArgument, parse_budgets, parse_bytes
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
 
 __all__ = ["bench"]
 
-_SUITES = ("engine", "speculating-experts")
+_SUITES = ("engine", "speculating-experts", "moe-speq")
 
 SuiteOption = Annotated[str, typer.Option(help=f"Which suite to run: {', '.join(_SUITES)}.")]
 ArmsOption = Annotated[
@@ -42,6 +42,14 @@ OutputOption = Annotated[
     Path | None,
     typer.Option(help="Folder for samples, table and figures.", file_okay=False),
 ]
+LinkOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Throttle copies to so many bytes per second, to rehearse a slower link.",
+        metavar="SIZE",
+        show_default="what there is",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(help="Threads that compute.", show_default="torch's choice", min=1),
@@ -60,6 +68,7 @@ def bench(
     text: TextOption = None,
     stock: StockOption = True,
     output: OutputOption = None,
+    link_bandwidth: LinkOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Measure the arms of a suite on this machine, interleaved, beside reference rows."""
@@ -67,10 +76,12 @@ def bench(
         raise typer.BadParameter(f"--suite {suite!r} is unknown: use {', '.join(_SUITES)}")
     shares = None if budgets is None else parse_budgets(budgets)
     lengths = None if contexts is None else _parse_contexts(contexts)
+    link = None if link_bandwidth is None else parse_bytes("--link-bandwidth", link_bandwidth)
     names = None if arms is None else tuple(_split(arms))
     with terminal.status("Starting"):
         import torch
 
+        from foreload.bench.moe_speq import MOE_SPEQ
         from foreload.bench.speculating_experts import SPECULATING_EXPERTS
         from foreload.bench.suite import ENGINE_SUITE, SuiteOptions, run_suite
         from foreload.model.architecture import quiet_transformers
@@ -85,6 +96,7 @@ def bench(
         num_trials=trials,
         with_stock=stock,
         output=output,
+        link_bytes_s=link,
     )
     with quiet_transformers(), terminal.progress() as report:
 
@@ -92,7 +104,7 @@ def bench(
             terminal.note(what)
             report("Arms", done, total)
 
-        chosen = {made.name: made for made in (ENGINE_SUITE, SPECULATING_EXPERTS)}[suite]
+        chosen = {made.name: made for made in (ENGINE_SUITE, SPECULATING_EXPERTS, MOE_SPEQ)}[suite]
         result = run_suite(options, tell, suite=chosen)
     terminal.print_json(
         {

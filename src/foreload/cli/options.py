@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreload.config import EngineConfig, SamplingConfig
+from foreload.config import EngineConfig, SamplingConfig, parse_size
 from foreload.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "OptionGroup",
     "choice",
     "parse_budgets",
+    "parse_bytes",
 ]
 
 HELP = {
@@ -130,6 +131,20 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     if not shares or not all(0 < share <= 1 for share in shares):
         raise typer.BadParameter(f"--budgets {text!r}: give percentages above 0, such as 10,25")
     return shares
+
+
+def parse_bytes(option: str, text: str, whole_bytes: int | None = None) -> int:
+    """Turn "3.2GB" into bytes, and a percentage where there is a whole.
+
+    Raises:
+        BadParameter: Something else.
+    """
+    if whole_bytes is None and "%" in text:
+        raise typer.BadParameter(f"{option} {text!r}: give bytes, such as 3.2GB")
+    try:
+        return parse_size(text, whole_bytes=whole_bytes or 1, setting=option)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _group(name: str, make: type[Any], panel: str, skipped: tuple[str, ...] = ()) -> OptionGroup:

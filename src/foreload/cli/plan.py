@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreload.cli.options import DEFAULT_MODEL, ENGINE, ModelArgument, parse_budgets
+from foreload.cli.options import DEFAULT_MODEL, ENGINE, ModelArgument, parse_budgets, parse_bytes
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
-from foreload.config import EngineConfig, format_bytes, parse_size
-from foreload.errors import ConfigError
+from foreload.config import EngineConfig, format_bytes
 
 if TYPE_CHECKING:
     from foreload.bench.planner import RunPlan
@@ -100,13 +99,13 @@ def plan(
     """
     shares = parse_budgets(budgets)
     bandwidths = [
-        None if text is None else float(_parse_size(text, name))
+        None if text is None else float(parse_bytes(name, text))
         for text, name in (
             (disk_bandwidth, "--disk-bandwidth"),
             (memory_bandwidth, "--memory-bandwidth"),
         )
     ]
-    memory_bytes = None if memory is None else _parse_size(memory, "--memory")
+    memory_bytes = None if memory is None else parse_bytes("--memory", memory)
     with terminal.status("Starting"):
         from foreload.bench.planner import GivenFigures, make_run_plan
 
@@ -131,15 +130,6 @@ def plan(
     terminal.show(_advice(answer))
     for note in answer.notes:
         terminal.note(note)
-
-
-def _parse_size(text: str, option: str) -> int:
-    if "%" in text:
-        raise typer.BadParameter(f"{option} {text!r}: a percentage of what?")
-    try:
-        return parse_size(text, whole_bytes=0, setting=option)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _machine_table(answer: "RunPlan") -> Any:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from foreload.cli.options import parse_bytes
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
-from foreload.config import EngineConfig, parse_size
+from foreload.config import EngineConfig
 from foreload.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _find_machine(
     """Give bandwidth and times as asked for, else as recorded; None where one is not known."""
     bytes_s = info.bandwidth_bytes_s
     if bandwidth is not None:
-        bytes_s = _parse_bytes("--bandwidth", bandwidth.removesuffix("/s"))
+        bytes_s = parse_bytes("--bandwidth", bandwidth.removesuffix("/s"))
     dense_s, expert_s = info.dense_s, info.expert_s
     if compute_time is not None:
         token_s = _parse_duration("--compute-time", compute_time)
@@ -288,19 +289,10 @@ def _parse_budget(text: str, trace: "RoutingTrace", info: "TraceInfo") -> int:
     else:
         size = max(info.expert_bytes)
         percent = text if not text.replace(".", "", 1).isdigit() else f"{text}%"
-        num_slots = _parse_bytes("--budgets", percent, whole_bytes=whole * size) // size
+        num_slots = parse_bytes("--budgets", percent, whole_bytes=whole * size) // size
     if num_slots < 1:
         raise typer.BadParameter(f"--budgets {text!r}: not one expert fits")
     return min(num_slots, whole)
-
-
-def _parse_bytes(option: str, text: str, whole_bytes: int | None = None) -> int:
-    if whole_bytes is None and text.endswith("%"):
-        raise typer.BadParameter(f"{option} {text!r}: give bytes, such as 3.2GB")
-    try:
-        return parse_size(text, whole_bytes=whole_bytes or 1, setting=option)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _parse_duration(option: str, text: str) -> float:

@@ -54,6 +54,7 @@ __all__ = [
     "draft_bytes",
     "draft_folder",
     "has_draft",
+    "pack_expert",
     "read_draft",
 ]
 
@@ -226,17 +227,14 @@ def build_draft(
         with closing(read):
             for (layer, expert), tensors in zip(order, read, strict=True):
                 layout, experts = formats[layer], sites[layer].experts
-                first = _matrix(tensors, layout.first, experts, "first")
                 packed = {
-                    "first": pack(
-                        first, layout.first, importance=importance(layer, "first"), search=search
-                    ),
-                    "down": pack(
-                        _matrix(tensors, layout.down, experts, "down"),
-                        layout.down,
-                        importance=importance(layer, "down"),
+                    name: pack(
+                        _matrix(tensors, experts, name),
+                        shape,
+                        importance=importance(layer, name),
                         search=search,
-                    ),
+                    )
+                    for name, shape in (("first", layout.first), ("down", layout.down))
                 }
                 witness = witness or _testify(packed["first"])
                 writer.write(_name(layer, expert), _lay_out(layout, packed, tensors, experts))
@@ -246,6 +244,18 @@ def build_draft(
         (writer.directory / "config.json").write_text(
             json.dumps({**_describe(identity, kind, formats), "witness": witness}) + "\n"
         )
+
+
+def pack_expert(
+    experts: Any, plan: ExpertPlan, tensors: Mapping[str, Tensor], bits: int
+) -> LayerDraft:
+    """Quantise one expert, as a layer of one: to see what it takes."""
+    layout = _layer_format(experts, plan, bits)
+    packed = {
+        "first": pack(_matrix(tensors, experts, "first"), layout.first, search=False),
+        "down": pack(_matrix(tensors, experts, "down"), layout.down, search=False),
+    }
+    return _assemble(layout, [layout.views(_lay_out(layout, packed, tensors, experts))])
 
 
 def read_draft(
@@ -354,9 +364,7 @@ def _shape_of(tensor: ExpertTensor, experts: Any, bits: int) -> MatrixFormat:
     return matrix_format(num_rows, num_columns, bits)
 
 
-def _matrix(
-    tensors: Mapping[str, Tensor], shape: MatrixFormat, experts: Any, matrix: str
-) -> Tensor:
+def _matrix(tensors: Mapping[str, Tensor], experts: Any, matrix: str) -> Tensor:
     """Give a projection as (N, K), whichever way the model multiplies with it."""
     weight = tensors[_first_name(experts) if matrix == "first" else "down_proj"]
     return weight.t() if experts.is_transposed else weight

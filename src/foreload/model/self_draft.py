@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Forward = Callable[[Tensor, Any], Tensor]
 
-__all__ = ["DraftRound", "SelfDraft"]
+__all__ = ["DraftRound", "SelfDraft", "Verification"]
 
 
 class SelfDraft:
@@ -119,6 +119,7 @@ class _Mark(NamedTuple):
     link_s: float
     bytes_moved: int
     num_lookups: int
+    num_hits: int
 
     @classmethod
     def now(cls, metrics: Metrics) -> _Mark:
@@ -128,7 +129,24 @@ class _Mark(NamedTuple):
             metrics.link_s,
             metrics.bytes_moved,
             metrics.num_lookups,
+            metrics.num_hits,
         )
+
+
+class Verification(NamedTuple):
+    """One forward of the target over several tokens.
+
+    Attributes:
+        num_tokens: Tokens it ran over.
+        time_s: Seconds it took.
+        num_lookups: Distinct experts it demanded, over all layers.
+        num_absent: Of these, experts that were not in memory when their layer was reached.
+    """
+
+    num_tokens: int
+    time_s: float
+    num_lookups: int
+    num_absent: int
 
 
 class DraftRound:
@@ -187,6 +205,14 @@ class DraftRound:
             logits = owner.forward(torch.tensor([self.token_ids]), self._kv_cache)
         self._verify_end = _Mark.now(owner.metrics)
         return logits
+
+    @property
+    def verification(self) -> Verification:
+        """Give what the target's forward took."""
+        begun, end = self._verify_start, self._verify_end
+        lookups = end.num_lookups - begun.num_lookups
+        hits = end.num_hits - begun.num_hits
+        return Verification(len(self.token_ids), end.time_s - begun.time_s, lookups, lookups - hits)
 
     def settle(self, num_accepted: int) -> None:
         """Keep the first verified token and the accepted ones behind it; forget the others."""

@@ -1,0 +1,197 @@
+"""Turns what was asked for into numbers, before anything is allocated.
+
+Every "auto" that depends on the model or the machine ends here, and the draft that the settings
+ask for is found, or built. Keeps nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from foreload.config import EngineConfig, parse_size
+from foreload.errors import CapacityError, UnsupportedModelError
+from foreload.memory.arena import slot_bytes
+from foreload.model.draft import (
+    DRAFT_BITS,
+    build_draft,
+    draft_bytes,
+    draft_folder,
+    has_draft,
+    read_draft,
+)
+from foreload.model.draft_choice import draft_pays, measure_figures
+from foreload.model.kv_cache import can_rewind
+from foreload.model.sites import silenced_experts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from foreload.model.draft import DraftExperts
+    from foreload.model.hf import LoadedModel
+    from foreload.types import ExpertPlan
+
+__all__ = ["default_cache_dir", "least_memory", "prepare_draft", "resolve", "slot_size"]
+
+logger = logging.getLogger(__name__)
+
+_MARGIN_BYTES = 1 << 30
+"""Left to the rest of the machine by expert_memory="auto", beside the KV cache and workspaces."""
+
+
+def default_cache_dir() -> Path:
+    """Give where foreload keeps what it has measured, unless told otherwise."""
+    return Path.home() / ".cache" / "foreload"
+
+
+def prepare_draft(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    *,
+    cache_dir: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> DraftExperts | None:
+    """Give the draft that resolved settings ask for, built if it is not there yet.
+
+    Args:
+        config: Settings, resolved.
+        loaded: The model.
+        cache_dir: Where drafts are kept.
+        progress: Called with (done, total) bytes while it is built.
+
+    Raises:
+        UnsupportedModelError: The model's KV cache cannot go back.
+        CheckpointError: The draft's folder is damaged.
+        CapacityError: The disk is full.
+    """
+    if config.draft == "none":
+        return None
+    _require_rewind(loaded)
+    identity = loaded.spec.identity
+    folder = draft_folder(cache_dir, identity, config.draft)
+    if not has_draft(folder):
+        logger.info("building the draft in %s", folder)
+        build_draft(loaded.sites, loaded.plans, identity, folder, config.draft, progress=progress)
+    return read_draft(loaded.sites, loaded.plans, identity, folder, config.draft)
+
+
+def resolve(
+    config: EngineConfig, loaded: LoadedModel, *, cache_dir: Path | None = None
+) -> EngineConfig:
+    """Replace every "auto" that depends on the model or the machine.
+
+    Args:
+        config: Settings as asked for.
+        loaded: The model.
+        cache_dir: Where draft="auto" looks for one; nowhere where None.
+
+    Raises:
+        CapacityError: The expert memory is below what one layer and the draft need, or above the
+            machine's.
+    """
+    size = slot_size(loaded.plans)
+    whole = size * sum(len(layer) for layer in loaded.plans)
+    least = least_memory(loaded)
+    available = psutil.virtual_memory().available
+    draft = _choose_draft(config, loaded, cache_dir)
+    drafted = 0 if draft == "none" else draft_bytes(loaded.sites, loaded.plans, draft)
+    if config.expert_memory == "auto":
+        budget = min(whole + drafted, available - _MARGIN_BYTES)
+    else:
+        asked = parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
+        budget = min(whole + drafted, asked)
+        if budget > available:
+            raise CapacityError(
+                "the machine has less free memory than expert_memory asks for",
+                needed_bytes=budget,
+                available_bytes=available,
+                setting="expert_memory",
+            )
+    is_optional = config.draft == "auto" and draft != "none"
+    if is_optional and not _draft_fits(config, loaded, draft, budget, drafted, least):
+        draft, drafted = "none", 0
+        budget = min(whole, budget)
+    if budget < least + drafted:
+        more = "" if draft == "none" else f", beside the {draft} draft"
+        raise CapacityError(
+            f"expert_memory is below one layer's needs ({loaded.spec.top_k} experts at work and "
+            f"one on its way{more})",
+            needed_bytes=least + drafted,
+            available_bytes=max(budget, 0),
+            setting="expert_memory",
+        )
+    return config.with_values(
+        device="cpu",
+        dtype=loaded.spec.dtype,
+        expert_memory=(budget - drafted) // size * size + drafted,
+        draft=draft,
+    )
+
+
+def _draft_fits(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    draft: str,
+    budget: int,
+    drafted: int,
+    least: int,
+) -> bool:
+    """Tell whether an optional draft fits into a budget, and is worth its memory there."""
+    if budget < least + drafted:
+        return False
+    figures = measure_figures(
+        loaded.sites, loaded.plans, loaded.spec, draft, num_workers=config.num_workers
+    )
+    size = slot_size(loaded.plans)
+    return draft_pays(
+        loaded.spec,
+        figures,
+        plain_slots=budget // size,
+        slots_beside=(budget - drafted) // size,
+    )
+
+
+def least_memory(loaded: LoadedModel, draft: str = "none") -> int:
+    """Give the bytes an expert memory must have: one layer's experts at work, one on its way.
+
+    Args:
+        loaded: The model.
+        draft: Kind of the draft beside it.
+    """
+    size = slot_size(loaded.plans)
+    whole = size * sum(len(layer) for layer in loaded.plans)
+    drafted = 0 if draft == "none" else draft_bytes(loaded.sites, loaded.plans, draft)
+    return min(whole, size * (loaded.spec.top_k + 1)) + drafted
+
+
+def _choose_draft(config: EngineConfig, loaded: LoadedModel, cache_dir: Path | None) -> str:
+    """Give the kind of draft to try: for "auto" one that has been built already."""
+    if config.draft != "auto":
+        return config.draft
+    if cache_dir is None:
+        return "none"
+    built = (
+        kind
+        for kind in DRAFT_BITS
+        if has_draft(draft_folder(cache_dir, loaded.spec.identity, kind))
+    )
+    return next(built, "none")
+
+
+def _require_rewind(loaded: LoadedModel) -> None:
+    with silenced_experts(loaded.sites):
+        is_fine = can_rewind(loaded.model)
+    if not is_fine:
+        raise UnsupportedModelError(
+            f"{loaded.spec.architecture} cannot verify a draft: its cache keeps states that cannot "
+            "go back to an earlier token",
+            hint="use draft='none'",
+        )
+
+
+def slot_size(plans: Sequence[Sequence[ExpertPlan]]) -> int:
+    """Give the bytes of a slot that any of the experts fits into."""
+    return max(slot_bytes(plan) for layer in plans for plan in layer)
