@@ -65,7 +65,8 @@ def main() -> None:
                     if found == true:
                         same += 1
                         continue
-                    place = next(i for i, (a, b) in enumerate(zip(found, true)) if a != b)
+                    pairs = enumerate(zip(found, true, strict=False))
+                    place = next(i for i, (a, b) in pairs if a != b)
                     before = [*prompt, *true[:place]]
                     ties.append((place, *tie(plain, before, found[place], true[place])))
                 rate, length = engine.metrics.acceptance_rate, engine.metrics.accept_length

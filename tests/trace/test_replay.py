@@ -10,7 +10,7 @@ import pytest
 
 from foreload.errors import ConfigError
 from foreload.trace.record import LayerVisit, RoutingTrace
-from foreload.trace.replay import ReplayCounts, replay
+from foreload.trace.replay import ReplayCounts, in_rounds, replay
 
 POLICIES = ("none", "lru", "lfu", "least-stale", "next-use", "history")
 
@@ -115,3 +115,42 @@ def test_no_policy_misses_less_than_belady() -> None:
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown eviction policy 'coin'"):
         replay(make_trace([[(0,)]]), 2, "coin")
+
+
+def single(experts: tuple[int, ...]) -> LayerVisit:
+    return LayerVisit(tuple(sorted(experts)), (1,) * len(experts), 1, (experts,))
+
+
+class TestRounds:
+    def test_consecutive_tokens_are_verified_together(self) -> None:
+        trace = RoutingTrace(1, 8)
+        prompt = replace(single((0, 1)), is_prefill=True)
+        trace.steps = [[prompt], *([single(e)] for e in [(3, 1), (1, 2), (4, 5), (0, 7), (6, 7)])]
+        rounds = in_rounds(trace, 2)
+        assert rounds.demands() == [[(0, 1)], [(1, 2, 3)], [(0, 4, 5, 7)]]
+        (visit,) = rounds.steps[1]
+        assert (visit.counts, visit.num_tokens) == ((2, 1, 1), 2)
+        assert visit.routing == ((3, 1), (1, 2))
+
+    def test_rounds_of_one_are_the_trace(self) -> None:
+        trace = RoutingTrace(1, 8)
+        trace.steps = [[single((0, 1))], [single((2, 1))]]
+        assert in_rounds(trace, 1).demands() == trace.demands()
+
+    def test_foresight_keeps_what_the_round_still_wants(self) -> None:
+        # Two layers of one token: layer 1's expert 0 is the older one when layer 0 evicts.
+        trace = make_trace([[(0,), (0,)], [(1,), (1,)], [(2,), (0,)]])
+        assert replay(trace, 3, "lru").num_hits == 0
+        assert replay(trace, 3, "lru", with_foresight=True).num_hits == 1
+
+    @pytest.mark.parametrize("policy", ["lru", "history"])
+    def test_foresight_never_beats_belady_and_helps_on_the_whole(self, policy: str) -> None:
+        blind = knowing = 0
+        for seed in range(80):
+            trace, num_slots = random_trace(seed)
+            best = replay(trace, num_slots, "belady").num_misses
+            found = replay(trace, num_slots, policy, with_foresight=True).num_misses
+            assert found >= best
+            knowing += found
+            blind += replay(trace, num_slots, policy).num_misses
+        assert knowing < blind

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from foreload.cli.generate import read_text
-from foreload.cli.options import DEFAULT_MODEL, ENGINE, CacheDirOption, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, PLAIN_ENGINE, CacheDirOption, ModelArgument
 from foreload.cli.streaming import open_engine
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
@@ -33,7 +33,7 @@ HeldOutOption = Annotated[
 ]
 
 
-@verb(ENGINE.without("predictor", "lookahead_layers", "policy", "confidence"))
+@verb(PLAIN_ENGINE.without("predictor", "lookahead_layers", "policy", "confidence"))
 def calibrate(
     terminal: Terminal,
     settings: EngineConfig,

@@ -25,6 +25,7 @@ __all__ = [
     "ENGINE",
     "HELP",
     "OUTPUT",
+    "PLAIN_ENGINE",
     "SAMPLING",
     "CacheDirOption",
     "ModelArgument",
@@ -184,6 +185,8 @@ def _flag(name: str, text: str) -> inspect.Parameter:
 
 
 ENGINE = _group("settings", EngineConfig, "Engine", skipped=("model",))
+PLAIN_ENGINE = ENGINE.without("draft", "num_draft_tokens")
+"""For verbs that run a text as it is given: there is nothing to draft."""
 SAMPLING = _group("sampling", SamplingConfig, "Sampling")
 OUTPUT = (
     _flag("is_json", "Print one JSON object to stdout, everything else to stderr."),

@@ -36,8 +36,17 @@ def config_line(engine: Engine) -> str:
             f"predictor {guessed_by}",
             f"eviction {config.eviction}",
             f"policy {policy}",
+            *_draft_parts(engine),
         )
     )
+
+
+def _draft_parts(engine: Engine) -> list[str]:
+    draft = None if engine.drafter is None else engine.drafter.draft
+    if draft is None:
+        return []
+    tokens = engine.config.num_draft_tokens
+    return [f"draft {draft.kind} ({format_bytes(draft.num_bytes)} of it), {tokens} tokens a round"]
 
 
 def statistics_line(stats: RequestStats, finish_reason: str, policy: str) -> str:
@@ -52,6 +61,11 @@ def statistics_line(stats: RequestStats, finish_reason: str, policy: str) -> str
     ]
     if stats.bytes_per_token is not None:
         parts[-2] += f" ({format_bytes(stats.bytes_per_token)} per token)"
+    if stats.accept_length is not None:
+        parts.append(
+            f"{stats.accept_length:.2f} tokens a round of {_seconds(stats.round_s)} "
+            f"({_percent(stats.acceptance_rate)} of the draft accepted)"
+        )
     if policy != "exact":
         parts.append(f"speculated {_percent(stats.speculated_fraction)}")
     return ", ".join(parts)

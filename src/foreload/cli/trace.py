@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from foreload.cli.generate import read_text
-from foreload.cli.options import DEFAULT_MODEL, ENGINE, CacheDirOption, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, PLAIN_ENGINE, CacheDirOption, ModelArgument
 from foreload.cli.statistics import config_line
 from foreload.cli.streaming import open_engine
 from foreload.cli.terminal import Terminal
@@ -31,7 +31,7 @@ PromptTokensOption = Annotated[
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens of the text to use.", min=2)]
 
 
-@verb(ENGINE)
+@verb(PLAIN_ENGINE)
 def trace(
     terminal: Terminal,
     settings: EngineConfig,

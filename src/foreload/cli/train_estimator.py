@@ -7,7 +7,7 @@ import typer
 
 from foreload.cli.calibrate import SHIPPED_TEXT, find_shipped_text, recall_table
 from foreload.cli.generate import read_text
-from foreload.cli.options import DEFAULT_MODEL, ENGINE, CacheDirOption, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, PLAIN_ENGINE, CacheDirOption, ModelArgument
 from foreload.cli.streaming import open_engine
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
@@ -53,7 +53,7 @@ BufferOption = Annotated[
 SeedOption = Annotated[int, typer.Option(help="Seed of first weights and order.", min=0)]
 
 
-@verb(ENGINE.without("predictor", "lookahead_layers", "policy", "confidence"))
+@verb(PLAIN_ENGINE.without("predictor", "lookahead_layers", "policy", "confidence"))
 def train_estimator(
     terminal: Terminal,
     settings: EngineConfig,

@@ -31,6 +31,8 @@ __all__ = [
     "make_eviction",
 ]
 
+_SHORT = 16
+"""Tokens of a forward up to which it is a round of decoding rather than a part of a prompt."""
 _LONG_AGO = -(10**12)
 """Layer visit at which an expert that was never used counts as last used."""
 
@@ -275,30 +277,38 @@ class History:
         # Forwards of several threads may interleave: what does not fit the last one begins another.
         if layer <= self._layer or min(num_tokens, self._capacity) != self._width:
             self._begin(num_tokens)
-        if layer % self._stride == 0 or self._width != 1:
+        if layer % self._stride == 0 or self._width > _SHORT:
             self._wait = None
         self._layer = layer
         rows = self._past[self._end - self._width : self._end, layer]
         if self._width == 1:
             rows[0, list(counts)] = 1
-            same = self._past[: self._end - 1, layer][:, list(counts)]
-            self._score += same.sum(1, dtype=np.float32)
         elif routing is not None:
             for row, experts in zip(rows, routing[-self._width :], strict=True):
                 row[[expert for expert in experts if expert < row.size]] = 1
+        if self._width <= _SHORT:
+            self._compare(rows, layer)
 
     def expected_wait(self) -> NDArray[np.float64]:
         """Give the mean time to next use along the followed tokens, then by use rate."""
         if self._wait is None:
             now = self._end - 1
-            is_comparable = self._width == 1 and now >= 2
+            is_comparable = self._width <= _SHORT and len(self._score) >= 2
             self._wait = self._follow(now) if is_comparable else self._rates.expected_wait()
         return self._wait
+
+    def _compare(self, rows: NDArray[np.uint8], layer: int) -> None:
+        """Add how much every earlier token is like the forward's last one at a layer."""
+        past = self._past[: self._end - self._width, layer]
+        self._score += past[:, rows[-1].nonzero()[0]].sum(1, dtype=np.float32)
+        if len(rows) > 1:
+            # The token before belongs to the same forward: it is compared as it comes, too.
+            self._score[1:] += past[:-1][:, rows[-2].nonzero()[0]].sum(1, dtype=np.float32)
 
     def _follow(self, now: int) -> NDArray[np.float64]:
         """Follow the tokens most like token `now`, (L * E,)."""
         rates = self._rates.rates()
-        near, weights = self._neighbours(now)
+        near, weights = self._neighbours()
         trust = self._trust * min(1.0, now / 64)
         away = (self._layer_of - self._layer) / self._num_layers
         wait = np.zeros_like(rates)
@@ -326,19 +336,20 @@ class History:
             self._end = kept
         self._past[self._end : self._end + self._width] = 0
         self._end += self._width
-        now = self._end - 1
-        self._score = np.zeros(now, dtype=np.float32)
-        if self._width == 1 and now >= 2:
-            flat = self._past[:now].reshape(now, -1)
-            last = flat[now - 1].nonzero()[0]
-            self._score[1:] = flat[: now - 1][:, last].sum(1, dtype=np.float32)
+        before = self._end - self._width
+        self._score = np.zeros(before, dtype=np.float32)
+        if self._width == 1 and before >= 2:
+            flat = self._past[:before].reshape(before, -1)
+            last = flat[before - 1].nonzero()[0]
+            self._score[1:] = flat[: before - 1][:, last].sum(1, dtype=np.float32)
 
-    def _neighbours(self, now: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _neighbours(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Give the earlier tokens most similar to this one, and their weights."""
         scores = self._score[1:]
         count = min(self._num_neighbours, scores.size)
         near = np.argpartition(-scores, count - 1)[:count]
-        per_token = max(float(self._past[now - 1].sum()), 1.0)
+        # Of the last token before this forward: this one's routing is not known to its end.
+        per_token = max(float(self._past[len(self._score) - 1].sum()), 1.0)
         similarity = (scores[near] - scores[near].max()) / per_token
         weights: NDArray[np.float32] = np.exp(self._sharpness * similarity)
         return near + 1, weights

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Foresight = Callable[[int, int], Sequence[int]]
 
-__all__ = ["ForesightTarget", "Phase", "PrefetchRound"]
+__all__ = ["ForesightTarget", "Phase", "PrefetchRound", "foreseen_wait"]
 
 _FORESEEN_WAIT = 1e-3
 """Tokens until what was drafted is verified, for the last layer: all of it comes before anything
@@ -60,6 +60,11 @@ class Phase(Enum):
     PRIMING = "the first token is drafted: each copying thread has something to do, no more"
     GUIDED = "as much is queued as the link carries while one token is drafted"
     SATURATION = "drafting is over: everything that is missing is queued"
+
+
+def foreseen_wait(layer: int, num_layers: int) -> float:
+    """Give the tokens until what was drafted is verified at a layer: next to nothing."""
+    return _FORESEEN_WAIT * (layer + 1) / num_layers
 
 
 class PrefetchRound:
@@ -156,7 +161,7 @@ class PrefetchRound:
         return float("inf")
 
     def _foresee(self, layer: int, *, is_complete: bool) -> None:
-        wait = _FORESEEN_WAIT * (layer + 1) / self._num_layers
+        wait = foreseen_wait(layer, self._num_layers)
         waits = dict.fromkeys(self.buffer.uses(layer), wait)
         self._target.foresee(layer, waits, is_complete=is_complete)
 

@@ -6,18 +6,23 @@ predictor. This is the shorter way to them, and the only one to Belady's.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from foreload.memory.cache import ExpertCache
 from foreload.memory.eviction import Belady, make_eviction
+from foreload.schedule.orchestrator import foreseen_wait
+from foreload.trace.record import LayerVisit
 from foreload.types import ExpertKey, Lookup
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from foreload.trace.record import RoutingTrace
 
-__all__ = ["ReplayCounts", "replay"]
+__all__ = ["ReplayCounts", "in_rounds", "replay"]
 
 
 class ReplayCounts(NamedTuple):
@@ -37,8 +42,37 @@ class ReplayCounts(NamedTuple):
         return self.num_hits / self.num_lookups if self.num_lookups else 0.0
 
 
+def in_rounds(trace: RoutingTrace, num_tokens: int) -> RoutingTrace:
+    """Put consecutive single tokens into forwards of `num_tokens`, as a verified draft would.
+
+    Prefills stay as they are; tokens that do not fill a forward are left out.
+    """
+    steps: list[list[LayerVisit]] = []
+    waiting: list[list[LayerVisit]] = []
+    for step, visits in enumerate(trace.steps):
+        if trace.is_prefill(step) or visits[0].num_tokens > 1:
+            steps.append(visits)
+            continue
+        waiting.append(visits)
+        if len(waiting) == num_tokens:
+            steps.append([_merge(rows, trace.num_experts) for rows in zip(*waiting, strict=True)])
+            waiting = []
+    return replace(trace, steps=steps)
+
+
+def _merge(visits: Sequence[LayerVisit], num_experts: int) -> LayerVisit:
+    return LayerVisit.from_routing(
+        [visit.routing[0] if visit.routing else visit.experts for visit in visits], num_experts
+    )
+
+
 def replay(
-    trace: RoutingTrace, num_slots: int, eviction: str, *, count_from: int = 0
+    trace: RoutingTrace,
+    num_slots: int,
+    eviction: str,
+    *,
+    count_from: int = 0,
+    with_foresight: bool = False,
 ) -> ReplayCounts:
     """Run a trace through a cache without prefetching, from empty.
 
@@ -51,6 +85,8 @@ def replay(
         eviction: A policy's name, "belady" for the best possible, "none" to keep nothing.
         count_from: First step that is counted; earlier ones only fill the cache, and so do
             prefills.
+        with_foresight: Whether eviction knows each forward's demands before it begins, as it does
+            where a draft has shown them.
     """
     if eviction == "belady":
         return _replay_belady(trace, num_slots, count_from)
@@ -58,6 +94,10 @@ def replay(
     cache = ExpertCache(num_slots, trace.num_layers, trace.num_experts, policy)
     hits = lookups = 0
     for step, visits in enumerate(trace.steps):
+        if with_foresight and not trace.is_prefill(step):
+            for layer, visit in enumerate(visits):
+                soon = dict.fromkeys(visit.experts, foreseen_wait(layer, trace.num_layers))
+                cache.foresee(layer, soon, is_complete=True)
         for layer, visit in enumerate(visits):
             counts = dict(zip(visit.experts, visit.counts, strict=True))
             cache.observe(layer, counts, visit.num_tokens, visit.routing or None)
