@@ -22,9 +22,9 @@ from foreload.bench.measure import (
 from foreload.bench.plots import plot_timeline, plot_tpot
 from foreload.bench.report import BudgetLimits, label_arm, summarise
 from foreload.bench.workload import make_workloads
-from foreload.config import EngineConfig
+from foreload.config import EngineConfig, format_bytes
 from foreload.engine import Engine
-from foreload.errors import ConfigError
+from foreload.errors import CapacityError, ConfigError
 from foreload.model.hf import load_model, load_tokenizer
 from foreload.model.source import resolve_model
 from foreload.predict.calibration import calibration_path
@@ -265,7 +265,22 @@ class _SuiteRun:
             self.result.limits.append(self._limits(trace, budget, trial, sample.tpot_s, workload))
             for arm in arms:
                 self._tell(f"{place}: {arm.name} at {budget:.0%}")
+                if not self._fits(arm, budget):
+                    continue
                 self._run_arm(arm, budget, trial, workload, trace, reference)
+
+    def _fits(self, arm: Arm, budget: float) -> bool:
+        """Tell whether a budget has room for an arm's draft; note it where it has not."""
+        if not arm.has_draft or arm.is_resident or arm.is_draft_alone:
+            return True
+        settings = {**(arm.settings or {}), "expert_memory": f"{budget * 100:g}%"}
+        try:
+            resolve(EngineConfig.from_dict(settings), self._loaded)
+        except CapacityError as error:
+            needed = f"{format_bytes(error.needed_bytes)} of memory"
+            self.result.left_out[f"{arm.name} at {budget:.0%}"] = needed
+            return False
+        return True
 
     def _run_arm(
         self,

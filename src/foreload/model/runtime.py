@@ -60,6 +60,7 @@ class ExpertRuntime:
         on_routing: Told of every layer visit and the distinct experts that are executed.
         on_output: Told every expert's output before its weights.
         on_predictions: Told what was predicted at a layer.
+        lock: Held while the tiers are touched: forwards of several threads take turns.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class ExpertRuntime:
         self._verifying: dict[int, PrefetchRound] = {}
         self._step_start_s: float | None = None
         self._last_layer = len(sum_rules)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     @property
     def is_prefetching(self) -> bool:
@@ -181,7 +182,7 @@ class ExpertRuntime:
             return self._run_draft(
                 drafting, layer, experts, hidden_states, top_k_index, top_k_weights
             )
-        with self._lock:
+        with self.lock:
             num_tokens = hidden_states.shape[0]
             self._begin_layer(layer, num_tokens)
             true = Routing(top_k_index, top_k_weights)
@@ -229,7 +230,7 @@ class ExpertRuntime:
     ) -> Tensor:
         """Compute one MoE layer of the draft, once the target's experts have begun to come."""
         run, prefetches = drafting
-        with self._lock:
+        with self.lock:
             # A single-token step that drafting interrupts is not timed: where it ended is unknown.
             self._step_start_s = None
             self._tiers.poll()

@@ -177,7 +177,8 @@ class DraftRound:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.prefetches.close()
+        with self._owner.runtime.lock:
+            self.prefetches.close()
 
     def draft(self, token: int, choose: Callable[[Tensor], int | None]) -> None:
         """Draft behind `token`, choosing each by its logits (V,); None ends it early."""
@@ -192,7 +193,8 @@ class DraftRound:
                 self.prefetches.end_token()
                 following = choose(logits[-1])
         rewind(self._kv_cache, self._num_drafted)
-        self.prefetches.end_draft()
+        with owner.runtime.lock:
+            self.prefetches.end_draft()
 
     def verify(self, token_ids: Sequence[int]) -> Tensor:
         """Give the target's logits (T, V) behind each of the tokens."""
