@@ -54,6 +54,8 @@ def main() -> None:
         with Engine.from_pretrained(options.model, predictor=name, **settings) as engine:
             predictors.append(Timed(engine.runtime.predictor))
     with Engine.from_pretrained(options.model, predictor="lookahead", **settings) as engine:
+        # Where nothing is copied guessing loses, and would be switched off.
+        engine.runtime._switch = None
         ids = engine.tokenizer(text[:20_000], verbose=False)["input_ids"]
         cache = engine.make_cache()
         engine.forward(torch.tensor([ids[:PROMPT]]), cache)

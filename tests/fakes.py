@@ -149,8 +149,9 @@ def make_tiers(
     keep: bool = True,
     num_workers: int = 1,
     pieces: int = 1,
+    in_use: int | None = None,
 ) -> tuple[ExpertTiers, Any, Metrics]:
-    """Build tiers over a fake disk."""
+    """Build tiers over a fake disk; of the slots all are in use, or so many."""
     plans = make_plans(num_layers, num_experts)
     arena = SlotArena(num_slots, slot_bytes(plans[0][0]))
     arena.poison()
@@ -164,6 +165,7 @@ def make_tiers(
         metrics,
         Timeline(),
         keep=keep,
+        num_slots=in_use,
     )
     return tiers, disk, metrics
 

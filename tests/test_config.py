@@ -112,6 +112,38 @@ class TestEngineConfig:
     def test_nothing_is_speculated_unless_asked_for(self) -> None:
         assert EngineConfig().policy == "exact"
 
+    def test_nothing_is_drafted_unless_asked_for(self) -> None:
+        config = EngineConfig()
+        assert (config.draft, config.num_draft_tokens) == ("none", "auto")
+
+    @pytest.mark.parametrize(
+        ("given", "kept"), [("auto", "auto"), (0, 0), (4, 4), ("4", 4), (32, 32), ("0", 0)]
+    )
+    def test_draft_tokens_are_a_number_or_auto(self, given: Any, kept: Any) -> None:
+        config = EngineConfig(draft="int4", num_draft_tokens=given)
+        assert config.num_draft_tokens == kept
+        assert type(config.num_draft_tokens) is type(kept)
+        assert EngineConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+    @pytest.mark.parametrize("value", [-1, 33, "33", "-1", "some", "", 1.5, True, None])
+    def test_other_numbers_of_draft_tokens_are_refused(self, value: Any) -> None:
+        with pytest.raises(ConfigError, match=r"num_draft_tokens=.*'auto' or a whole number"):
+            EngineConfig(draft="int4", num_draft_tokens=value)
+
+    @pytest.mark.parametrize("value", [0, 4, "4"])
+    def test_draft_tokens_need_a_draft(self, value: Any) -> None:
+        with pytest.raises(ConfigError, match="draft='none' has none") as caught:
+            EngineConfig(num_draft_tokens=value)
+        assert "draft='int4'" in str(caught.value.hint)
+
+    @pytest.mark.parametrize("draft", ["auto", "int4", "int8"])
+    @pytest.mark.parametrize("policy", ["speculate", "speculate-when"])
+    def test_a_draft_is_verified_by_the_exact_model_only(self, draft: str, policy: str) -> None:
+        with pytest.raises(ConfigError, match=f"policy='{policy}' is not exact") as caught:
+            EngineConfig(draft=draft, policy=policy)
+        assert "policy='exact'" in str(caught.value.hint)
+        assert EngineConfig(policy=policy).draft == "none"
+
     @pytest.mark.parametrize("value", ["auto", "25%", "1GiB", 12345])
     def test_expert_memory_is_a_size_or_auto(self, value: Any) -> None:
         assert EngineConfig(expert_memory=value).expert_memory == value

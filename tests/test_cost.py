@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,14 +11,20 @@ import pytest
 from foreload.cost import (
     DecodeWork,
     MachineRates,
+    accept_length,
+    amortised_intensity,
     cached_s,
+    compute_roof,
     copy_s,
     dense_s,
     expert_s,
+    io_roof,
     overlap_s,
     prefetched_s,
     resident_s,
     roofline_s,
+    round_s,
+    union_experts,
     wire_limit_s,
     wire_s,
 )
@@ -149,3 +157,70 @@ def test_uniform_routing_hits_what_fits() -> None:
 def test_a_machine_that_cannot_be_is_refused(rates: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(rates))):
         replace(MACHINE, **rates)
+
+
+class TestRounds:
+    def test_a_round_brings_one_token_and_those_accepted_in_a_row(self) -> None:
+        assert accept_length([]) == 1
+        assert accept_length([1.0] * 4) == 5
+        assert accept_length([0.0, 1.0, 1.0]) == 1
+        assert accept_length([0.5, 0.5]) == 1 + 0.5 + 0.25
+        assert accept_length([0.9, 0.8, 0.7]) == pytest.approx(1 + 0.9 + 0.72 + 0.504)
+
+    def test_the_expected_length_is_the_mean_of_rounds(self) -> None:
+        acceptance, chance = [0.9, 0.6, 0.8], random.Random(0)
+        total, num_rounds = 0, 4000
+        for _ in range(num_rounds):
+            total += 1 + next((i for i, p in enumerate(acceptance) if chance.random() >= p), 3)
+        assert accept_length(acceptance) == pytest.approx(total / num_rounds, rel=0.02)
+
+    @pytest.mark.parametrize("num_tokens", [0, 1, 2, 5, 100])
+    def test_independent_tokens_want_the_union_of_random_choices(self, num_tokens: int) -> None:
+        missed = (1 - 4 / 16) ** num_tokens
+        assert union_experts(num_tokens, 16, 4) == pytest.approx(16 * (1 - missed))
+
+    def test_one_token_wants_its_own_and_many_want_all(self) -> None:
+        for growth in (0.5, 1.0):
+            assert union_experts(1, 64, 8, growth) == pytest.approx(8)
+        assert union_experts(1000, 64, 8) == pytest.approx(64)
+        assert union_experts(3, 8, 8) == 8
+
+    def test_neighbours_that_share_experts_want_fewer(self) -> None:
+        unions = [union_experts(6, 64, 8, growth) for growth in (0.3, 0.6, 1.0)]
+        assert unions == sorted(unions)
+        assert 8 < unions[0] < unions[-1] < 48
+
+    def test_the_longer_of_computing_and_copying_decides(self) -> None:
+        assert round_s(2.0, 3.0, 4.0) == 5.0
+        assert round_s(2.0, 3.0, 7.0) == 7.0
+        assert round_s(0.0, 3.0, 0.0) == 3.0
+
+    def test_what_is_not_hidden_comes_on_top(self) -> None:
+        assert round_s(2.0, 3.0, 4.0, overlap=0.0) == 9.0
+        assert round_s(2.0, 3.0, 4.0, overlap=0.75) == 6.0
+        assert round_s(2.0, 3.0, 7.0, overlap=0.5) == 9.5
+
+    def test_intensity_is_tokens_per_byte_copied(self) -> None:
+        assert amortised_intensity(3.0, 6e8) == pytest.approx(5e-9)
+        assert amortised_intensity(3.0, 0.0) == math.inf
+
+    def test_the_link_and_the_processor_each_set_a_roof(self) -> None:
+        assert io_roof(5e-9, 2e9) == pytest.approx(10.0)
+        assert compute_roof(3.0, 0.1, 0.2) == pytest.approx(10.0)
+
+    @pytest.mark.parametrize("link_bytes_s", [0.0, 2e9])
+    def test_what_copies_nothing_has_no_roof_of_copies(self, link_bytes_s: float) -> None:
+        assert io_roof(math.inf, link_bytes_s) == math.inf
+
+    @pytest.mark.parametrize("overlap", [0.0, 0.7, 1.0])
+    @pytest.mark.parametrize("copied_bytes", [1e7, 5e8, 1e10])
+    def test_no_round_is_faster_than_either_roof(self, overlap: float, copied_bytes: float) -> None:
+        length = accept_length([0.9, 0.8])
+        taken_s = round_s(0.05, 0.12, copied_bytes / 1e9, overlap)
+        roofs = (
+            io_roof(amortised_intensity(length, copied_bytes), 1e9),
+            compute_roof(length, 0.05, 0.12),
+        )
+        assert length / taken_s <= min(roofs) * (1 + 1e-9)
+        if overlap == 1.0:
+            assert length / taken_s == pytest.approx(min(roofs))

@@ -319,6 +319,7 @@ def test_the_glossarys_derived_numbers_come_out() -> None:
         ("predictor", "prediction.md"),
         ("eviction", "eviction.md"),
         ("policy", "policies.md"),
+        ("draft", "speculative-decoding.md"),
     ],
 )
 def test_a_concept_page_has_every_choice(setting: str, page: str) -> None:
@@ -371,9 +372,10 @@ def test_the_architecture_has_every_floor() -> None:
 def test_the_benchmark_page_has_every_arm() -> None:
     engine = importlib.import_module("foreload.bench.suite").ENGINE_ARMS
     speculation = importlib.import_module("foreload.bench.speculating_experts").SPECULATION_ARMS
+    drafts = importlib.import_module("foreload.bench.moe_speq").MOE_SPEQ_ARMS
     text = read(ROOT / "docs" / "benchmarks.md")
     rows = re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
-    assert rows == [arm.name for arm in (*engine, *speculation)]
+    assert rows == [arm.name for arm in (*engine, *speculation, *drafts)]
 
 
 def test_the_changelog_has_the_version() -> None:

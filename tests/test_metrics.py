@@ -26,6 +26,11 @@ def busy() -> Metrics:
         num_prefetched=5,
         num_prefetched_used=4,
         stall_s=0.5,
+        link_s=0.75,
+        num_rounds=4,
+        num_draft_tokens=10,
+        num_accepted_tokens=6,
+        draft_s=0.25,
         num_executed=16,
         num_speculated=4,
         num_predicted={(1, 1): 8, (1, 2): 4, (0, 1): 2},
@@ -43,6 +48,25 @@ def test_rates_are_shares_of_lookups() -> None:
     assert metrics.speculated_fraction == pytest.approx(0.25)
 
 
+def test_rounds_bring_their_own_token_and_the_accepted_ones() -> None:
+    metrics = busy()
+    assert metrics.acceptance_rate == pytest.approx(0.6)
+    assert metrics.accept_length == pytest.approx(2.5)
+
+
+def test_rounds_that_drafted_nothing_bring_one_token_and_accept_no_share() -> None:
+    metrics = Metrics(num_rounds=5)
+    assert metrics.acceptance_rate is None
+    assert metrics.accept_length == 1.0
+
+
+def test_rounds_add_up_over_requests() -> None:
+    metrics = busy()
+    metrics.add(busy())
+    assert (metrics.num_rounds, metrics.num_draft_tokens) == (8, 20)
+    assert metrics.accept_length == pytest.approx(2.5)
+
+
 def test_recall_is_by_layer_and_distance() -> None:
     assert busy().recall_at_n == {0: {1: 0.0}, 1: {1: 0.75, 2: 0.25}}
 
@@ -50,6 +74,7 @@ def test_recall_is_by_layer_and_distance() -> None:
 def test_nothing_counted_gives_no_rates_and_no_errors() -> None:
     metrics = Metrics()
     assert metrics.hit_rate is metrics.late_rate is metrics.prefetch_precision is None
+    assert metrics.acceptance_rate is metrics.accept_length is None
     assert metrics.recall_at_n == {}
     assert metrics.bytes_moved == 0
     assert metrics.speculated_fraction == 0
@@ -115,6 +140,8 @@ def test_request_statistics_are_json() -> None:
     assert set(values) == {field.name for field in dataclasses.fields(stats)}
     assert values["recall_at_n"] == {"0": {"1": 0.5}}
     assert values["tpot_s"] is None
+    assert values["round_s"] is values["acceptance_rate"] is values["accept_length"] is None
+    assert values["rounds_by_draft"] == {}
 
 
 class TestTimeline:

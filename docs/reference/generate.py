@@ -34,6 +34,7 @@ from foreload.evaluate import (
 )
 from foreload.metrics import Metrics, RequestStats, Timeline
 from foreload.recording import RecordingReport, record_trace
+from foreload.schedule.governor import RoofPoint
 from foreload.trace.read import read_trace
 from foreload.trace.record import LayerVisit, RoutingTrace, TraceInfo
 from foreload.trace.simulate import (
@@ -154,15 +155,15 @@ def render_config() -> Iterator[str]:
             yield f"| `{field.name}` | `{kind}` | `{field.default!r}` | {texts[field.name]} |"
         yield ""
     yield from (
-        "`engine.config` holds the settings after `engine.resolve`: `device`, `dtype` and "
-        '`expert_memory` (in bytes, whole slots) are then values; `predictor="auto"` stays, '
-        "because it goes on measuring.",
+        "`engine.config` holds the settings after `resolution.resolve`: `device`, `dtype`, "
+        "`expert_memory` (in bytes: whole slots, and the draft) and `draft` are then values; "
+        '`predictor="auto"` and `num_draft_tokens="auto"` stay, because they go on measuring.',
         "",
         "## Sizes",
         "",
         "A size is a number of bytes, a number with a unit (`B`, `kB`, `MB`, `GB`, `TB` by "
         "thousands; `KiB`, `MiB`, `GiB`, `TiB`, `K`, `M`, `G`, `T` by 1024), or a percentage of "
-        "all experts' slots.",
+        "all experts' slots, with a draft maybe above 100.",
     )
 
 
@@ -218,6 +219,9 @@ def render_api() -> Iterator[str]:
         yield from function(work.__name__, work)
     yield from ("## foreload.recording", "", *function("record_trace", record_trace))
     yield from ("### RecordingReport", "", *body(RecordingReport), "")
+    yield from ("## foreload.schedule.governor", "")
+    yield 'Entries of `engine.stats["governor"]`, see [governor](../concepts/governor.md).'
+    yield from ("", "### RoofPoint", "", *body(RoofPoint), "")
     yield from ("## foreload.trace", "", *function("read.read_trace", read_trace))
     for cls in (RoutingTrace, TraceInfo, LayerVisit):
         yield from (f"### record.{cls.__name__}", "", *body(cls), "")

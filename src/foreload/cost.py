@@ -296,8 +296,8 @@ def amortised_intensity(num_tokens: float, copied_bytes: float) -> float:
 
 
 def io_roof(intensity: float, link_bytes_s: float) -> float:
-    """Give the tokens per second that the link allows: B_link * I_amort."""
-    return link_bytes_s * intensity
+    """Give the tokens per second that the link allows: B_link * I_amort; infinite as that is."""
+    return link_bytes_s * intensity if intensity < math.inf else math.inf
 
 
 def compute_roof(num_tokens: float, draft_s: float, verify_s: float) -> float:

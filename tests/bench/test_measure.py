@@ -10,7 +10,6 @@ import torch
 
 from fakes import make_engine, write_random_vectors
 from foreload.bench.arm import Arm
-from foreload.bench.forced import run_forced
 from foreload.bench.measure import measure_bandwidth, run_engine_arm, run_stock_arm
 from foreload.bench.suite import ENGINE_ARMS, RESIDENT, _load_stock
 from foreload.bench.workload import Workload
@@ -212,20 +211,6 @@ def test_the_prefill_is_not_counted_even_of_one_token(run: Any, loaded: LoadedMo
     assert sum(span.lane == "compute" for span in timeline.spans) == demanded
     assert sample.hit_rate == 0.0
     assert_read(sample, loaded, demanded)
-
-
-def test_forced_decoding_feeds_the_prompt_then_each_token() -> None:
-    fed: list[list[int]] = []
-
-    def forward(ids: Tensor, kv_cache: Any) -> Tensor:
-        assert kv_cache == "cache"
-        fed.append(ids[0].tolist())
-        return torch.tensor([float(len(fed))])
-
-    forced = run_forced(forward, Workload((5, 6, 7, 8, 9), 3), "cache")
-    assert fed == [[5, 6, 7], [8], [9]]
-    assert forced.logits.tolist() == [[1.0], [2.0], [3.0]]
-    assert len(forced.step_s) == 2
 
 
 @pytest.mark.parametrize("name", ["grouped_mm", "batched_mm"])

@@ -56,7 +56,7 @@ def fill(cache: ExpertCache, *keys: ExpertKey) -> None:
 
 def books(cache: ExpertCache) -> tuple[object, ...]:
     """Give everything the cache knows, to see that nothing changed."""
-    state = (cache._state, cache._slot, cache._pins, cache._promise)
+    state = (cache._state, cache._slot, cache._pins, cache._promise, cache._foreseen, cache._delay)
     return (*(array.tobytes() for array in state), tuple(cache._free))
 
 
@@ -185,6 +185,124 @@ class TestGuesses:
         assert policy.seen == [(2, {3: 4}, 7)]
 
 
+def leaves(cache: ExpertCache, *, for_guess: float | None = None) -> ExpertKey | None:
+    """Give who would leave its slot for another expert now."""
+    reservation = cache.reserve(key(2, 4), expected_wait=for_guess)
+    if reservation is None:
+        return None
+    cache.abort(key(2, 4))
+    if reservation.evicted is not None:
+        fill(cache, reservation.evicted)
+    return reservation.evicted
+
+
+class TestForesight:
+    def test_what_is_foreseen_stays_whatever_the_policy_expects(self) -> None:
+        cache = make_cache(2, {key(0, 0): 9.0, key(0, 1): 3.0})
+        fill(cache, key(0, 0), key(0, 1))
+        assert leaves(cache) == key(0, 0)
+        cache.foresee(0, {0: 0.001}, is_complete=False)
+        assert leaves(cache) == key(0, 1)
+
+    def test_of_what_is_foreseen_the_latest_leaves_if_one_must(self) -> None:
+        cache = make_cache(2)
+        fill(cache, key(0, 0), key(1, 0))
+        cache.foresee(0, {0: 0.001}, is_complete=True)
+        cache.foresee(1, {0: 0.002}, is_complete=True)
+        assert leaves(cache, for_guess=0.5) is None, "a guess evicts neither"
+        assert leaves(cache) == key(1, 0)
+
+    def test_a_policy_that_expects_it_sooner_is_believed(self) -> None:
+        cache = make_cache(2, {key(0, 0): 0.1, key(0, 1): 0.5})
+        fill(cache, key(0, 0), key(0, 1))
+        cache.foresee(0, {0: 2.0}, is_complete=False)
+        assert leaves(cache) == key(0, 1)
+
+    def test_where_all_is_known_the_others_wait_a_token_longer(self) -> None:
+        cache = make_cache(3, {key(0, 0): 3.0, key(0, 1): 3.2, key(1, 0): 3.5})
+        fill(cache, key(0, 0), key(0, 1), key(1, 0))
+        cache.foresee(0, {}, is_complete=False)
+        assert leaves(cache) == key(1, 0)
+        cache.foresee(0, {1: 0.5}, is_complete=True)
+        assert leaves(cache) == key(0, 0)
+        assert leaves(cache, for_guess=3.9) == key(0, 0)
+        assert leaves(cache, for_guess=4.1) is None
+
+    def test_a_promise_still_holds_where_all_is_known(self) -> None:
+        cache = make_cache(2, {key(0, 0): 9.0, key(1, 0): 2.0})
+        assert cache.reserve(key(0, 0), expected_wait=0.5) is not None
+        cache.commit(key(0, 0))
+        fill(cache, key(1, 0))
+        cache.foresee(0, {}, is_complete=True)
+        assert leaves(cache) == key(1, 0)
+
+    @pytest.mark.parametrize("ending", ["observed", "nothing foreseen", "foreseen again"])
+    def test_foresight_ends_with_its_layer(self, ending: str) -> None:
+        cache = make_cache(2, {key(0, 0): 9.0, key(0, 1): 3.0, key(1, 1): 3.5})
+        before = books(cache)
+        cache.foresee(0, {0: 0.001, 3: 0.002}, is_complete=True)
+        assert books(cache) != before
+        if ending == "observed":
+            cache.observe(0, {0: 1}, 1)
+        else:
+            again = {} if ending == "nothing foreseen" else {1: 0.001}
+            cache.foresee(0, again, is_complete=False)
+        assert (books(cache) == before) is (ending != "foreseen again")
+        fill(cache, key(0, 0), key(0, 1))
+        assert leaves(cache) == key(0, 0)
+
+    def test_layers_are_foreseen_apart(self) -> None:
+        cache = make_cache(2, {key(0, 0): 9.0, key(1, 0): 8.0})
+        fill(cache, key(0, 0), key(1, 0))
+        cache.foresee(0, {0: 0.001}, is_complete=True)
+        cache.observe(1, {0: 1}, 1)
+        cache.foresee(1, {}, is_complete=False)
+        assert leaves(cache) == key(1, 0)
+
+    def test_pinned_and_pending_experts_stay_all_the_same(self) -> None:
+        cache = make_cache(2, {key(0, 0): 1.0, key(0, 1): 9.0})
+        fill(cache, key(0, 0), key(0, 1))
+        cache.pin(key(0, 1))
+        cache.foresee(0, {0: 0.001}, is_complete=True)
+        assert leaves(cache) == key(0, 0)
+
+
+class TestGrowing:
+    def test_new_slots_are_taken_before_anybody_leaves(self) -> None:
+        cache = make_cache(2)
+        fill(cache, key(0, 0), key(0, 1))
+        cache.grow(2)
+        cache.check()
+        assert cache.num_slots == 4
+        for expert in (2, 3):
+            reservation = cache.reserve(key(0, expert))
+            assert reservation is not None
+            assert reservation.evicted is None
+        assert {cache.slot_of(key(0, expert)) for expert in range(4)} == {0, 1, 2, 3}
+        cache.check()
+        cache.commit(key(0, 2))
+        assert leaves(cache) is not None
+
+    def test_slots_that_were_free_are_taken_first(self) -> None:
+        cache = make_cache(3)
+        fill(cache, key(0, 0))
+        cache.grow(5)
+        slots = []
+        for expert in range(1, 5):
+            reservation = cache.reserve(key(0, expert))
+            assert reservation is not None
+            slots.append(reservation.slot)
+        assert slots == [1, 2, 3, 4]
+        cache.check()
+
+    def test_growing_by_nothing_changes_nothing(self) -> None:
+        cache = make_cache(2)
+        fill(cache, key(0, 0))
+        before = books(cache)
+        cache.grow(0)
+        assert books(cache) == before
+
+
 class TestMisuse:
     def test_what_makes_no_sense_is_refused_and_changes_nothing(self) -> None:
         cache = make_cache(2)
@@ -235,6 +353,7 @@ OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(
             ["reserve", "guess", "commit", "abort", "pin", "unpin", "evict", "observe"]
+            + ["foresee", "grow"]
         ),
         KEYS,
         st.floats(0, 5),
@@ -290,6 +409,11 @@ def apply(cache: ExpertCache, model: Model, name: str, one: ExpertKey, number: f
             del model.held[one]
     elif name == "observe":
         cache.observe(one.layer, {one.expert: 1}, 1)
+    elif name == "foresee":
+        cache.foresee(one.layer, {one.expert: number}, is_complete=number > 2)
+    elif name == "grow":
+        cache.grow(1)
+        model.num_slots += 1
 
 
 @given(st.integers(1, 6), OPERATIONS)

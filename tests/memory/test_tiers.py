@@ -16,20 +16,22 @@ from fakes import (
     SteppedBackend,
     assert_settled,
     finish,
+    make_plans,
     make_tiers,
     mark_of,
 )
 from foreload.errors import CapacityError, ForeloadError, TransferError
+from foreload.memory.eviction import LRU
+from foreload.memory.tiers import ExpertTiers
 from foreload.memory.transfer import TransferState
+from foreload.metrics import Metrics, Timeline
+from foreload.trace.virtual import VirtualClock, VirtualSlots, VirtualTransfers
 from foreload.types import ExpertKey, Lookup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
-
-    from foreload.memory.tiers import ExpertTiers
-    from foreload.metrics import Metrics
 
 
 @pytest.fixture
@@ -355,6 +357,169 @@ class TestPrefetch:
         finish(lambda: list(demand))
         finish(tiers.wait_idle)
         assert tiers.num_open_prefetches == 0
+
+
+class TestForesight:
+    def test_what_is_foreseen_is_not_evicted_for_a_guess(self, build: Any) -> None:
+        policy = FixedWait({(0, 0): 9.0, (0, 1): 5.0})
+        tiers, _, _ = build(2, policy=policy)
+        take(tiers, 0, [0, 1])
+        tiers.foresee(0, {0: 0.001}, is_complete=False)
+        assert guess(tiers, 1, 0, wait=0.5)
+        finish(tiers.wait_idle)
+        assert set(tiers.cache.keys()) == {(0, 0), (1, 0)}
+        assert not guess(tiers, 1, 1, wait=0.5)
+
+    def test_what_is_known_not_to_come_makes_room(self, build: Any) -> None:
+        tiers, _, _ = build(1, policy=FixedWait({(0, 0): 0.2}))
+        take(tiers, 0, [0])
+        assert not guess(tiers, 1, 0, wait=0.5)
+        tiers.foresee(0, {}, is_complete=True)
+        assert guess(tiers, 1, 0, wait=0.5)
+
+    def test_the_layers_visit_ends_it(self, build: Any) -> None:
+        tiers, _, _ = build(2, policy=FixedWait({(0, 0): 9.0}))
+        take(tiers, 0, [0])
+        tiers.foresee(0, {0: 0.001}, is_complete=True)
+        take(tiers, 0, [0, 1])
+        assert guess(tiers, 1, 0, wait=0.5)
+        finish(tiers.wait_idle)
+        assert set(tiers.cache.keys()) == {(0, 1), (1, 0)}
+
+
+class TestCallingOff:
+    def test_guesses_nobody_waits_for_are_not_begun_or_end_after_their_piece(
+        self, build: Any
+    ) -> None:
+        tiers, disk, metrics = build(8, backend=SteppedBackend, pieces=2)
+        for expert in range(3):
+            guess(tiers, 1, expert, order=expert)
+        disk.wait_begun()
+        tiers.call_off([ExpertKey(1, 0), ExpertKey(1, 1)])
+        assert tiers.cache.lookup(ExpertKey(1, 1)) is Lookup.MISS, "queued: gone at once"
+        assert tiers.cache.lookup(ExpertKey(1, 0)) is Lookup.PENDING, "running: after its piece"
+        disk.let_all_go()
+        finish(tiers.wait_idle)
+        assert tiers.cache.keys() == [ExpertKey(1, 2)]
+        assert disk.log == [("1.0", 0), ("1.2", 0), ("1.2", 1)]
+        assert metrics.wasted_bytes == 8
+
+    def test_what_is_demanded_or_here_or_unknown_is_left_alone(self, build: Any) -> None:
+        tiers, disk, _ = build(8, backend=SteppedBackend)
+        disk.let_go()
+        take(tiers, 0, [0])
+        guess(tiers, 1, 1)
+        demand = tiers.demand(1, [1, 2])
+        tiers.call_off([ExpertKey(0, 0), ExpertKey(1, 1), ExpertKey(1, 2), ExpertKey(3, 7)])
+        disk.let_all_go()
+        assert finish(lambda: sorted(key.expert for key, _ in demand)) == [1, 2]
+        assert set(tiers.cache.keys()) == {(0, 0), (1, 1), (1, 2)}
+
+    def test_a_guess_that_was_called_off_can_be_made_again(self, build: Any) -> None:
+        tiers, disk, metrics = build(8, backend=SteppedBackend)
+        guess(tiers, 0, 0)
+        disk.wait_begun()
+        guess(tiers, 1, 0)
+        tiers.call_off([ExpertKey(1, 0)])
+        assert guess(tiers, 1, 0)
+        disk.let_all_go()
+        finish(tiers.wait_idle)
+        take(tiers, 1, [0])
+        assert metrics.num_hits == 1
+
+
+class TestGrowing:
+    def test_only_as_many_slots_are_used_as_was_said(self, build: Any) -> None:
+        tiers, _, _ = build(6, in_use=2)
+        assert tiers.num_slots == 2
+        take(tiers, 0, [0, 1, 2, 3])
+        assert len(tiers.cache.keys()) == 2
+        assert {tiers.cache.slot_of(key) for key in tiers.cache.keys()} == {0, 1}  # noqa: SIM118
+
+    def test_more_slots_hold_more_experts_and_lose_none(self, build: Any) -> None:
+        tiers, disk, metrics = build(6, in_use=2)
+        take(tiers, 0, [0, 1])
+        tiers.grow(4)
+        assert tiers.num_slots == 6
+        take(tiers, 1, [2, 3, 4, 5])
+        assert set(tiers.cache.keys()) == {(0, 0), (0, 1), (1, 2), (1, 3), (1, 4), (1, 5)}
+        take(tiers, 0, [0, 1])
+        assert metrics.num_hits == 2
+        assert len(disk.copied) == 6
+
+    def test_slots_may_come_while_a_demand_waits_for_some(self, build: Any) -> None:
+        tiers, _, _ = build(4, in_use=1)
+        demand = iter(tiers.demand(0, [0, 1, 2]))
+        first = finish(lambda: next(demand))[0]
+        tiers.grow(3)
+        rest = finish(lambda: [key for key, _ in demand])
+        assert sorted([first, *rest]) == [(0, 0), (0, 1), (0, 2)]
+        assert len(tiers.cache.keys()) == 3
+
+
+class Link:
+    """Tiers on a link of 16 bytes, one expert, per simulated second."""
+
+    def __init__(self, *, num_workers: int = 2, piece_bytes: int = 16) -> None:
+        self.clock, self.metrics = VirtualClock(), Metrics()
+        transfers = VirtualTransfers(
+            self.clock, bandwidth_bytes_s=16.0, num_workers=num_workers, piece_bytes=piece_bytes
+        )
+        self.tiers = ExpertTiers(
+            VirtualSlots(8, 16),
+            make_plans(4, 8),
+            transfers,
+            LRU(4, 8),
+            self.metrics,
+            Timeline(),
+            clock=self.clock,
+        )
+
+    def take(self, layer: int, *experts: int) -> None:
+        assert len(list(self.tiers.demand(layer, experts))) == len(experts)
+
+
+class TestLinkTime:
+    def test_a_link_that_carries_one_copy_after_the_other_is_busy_for_both(self) -> None:
+        link = Link(num_workers=1)
+        link.take(0, 0, 1)
+        assert link.metrics.link_s == pytest.approx(2.0)
+        assert link.metrics.link_s == pytest.approx(link.metrics.stall_s)
+
+    def test_pieces_side_by_side_are_counted_once(self) -> None:
+        link = Link(num_workers=2)
+        link.take(0, 0, 1, 2)  # two share the link, the third follows
+        assert link.metrics.link_s == pytest.approx(3.0)
+        assert link.metrics.bytes_moved / link.metrics.link_s == pytest.approx(16.0)
+
+    def test_an_idle_link_is_not_counted(self) -> None:
+        link = Link()
+        link.take(0, 0)
+        link.clock.advance(100.0)
+        link.take(0, 1)
+        assert link.metrics.link_s == pytest.approx(2.0)
+
+    def test_a_copy_that_is_overtaken_counts_what_it_had_before(self) -> None:
+        link = Link(num_workers=1, piece_bytes=8)
+        assert guess(link.tiers, 1, 0)
+        link.clock.advance(0.25)
+        link.take(0, 0)  # after the guess's first piece, before its second
+        link.clock.advance(10.0)
+        link.tiers.poll()
+        assert link.metrics.bytes_moved == 32
+        assert link.metrics.link_s == pytest.approx(2.0)
+
+    def test_a_copy_that_ends_inside_anothers_time_adds_nothing(self) -> None:
+        link = Link(num_workers=2, piece_bytes=8)
+        guess(link.tiers, 1, 0)
+        link.clock.advance(0.2)
+        guess(link.tiers, 1, 1)
+        link.clock.advance(0.1)
+        link.take(0, 0)
+        link.clock.advance(10.0)
+        link.tiers.poll()
+        assert link.metrics.bytes_moved == 48
+        assert link.metrics.link_s == pytest.approx(3.0)
 
 
 class TestFailures:

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from foreload.bench import writer as writer_module
 from foreload.errors import CapacityError, ConfigError, ShapeError
+from foreload.memory import writer as writer_module
 from foreload.memory.writer import SafetensorsStreamWriter
 
 

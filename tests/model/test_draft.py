@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from streaming import StreamedExperts
+from streaming import StreamedExperts, read_expert
 
 import zoo
 from foreload.errors import CheckpointError, ForeloadError, TransferError
@@ -21,9 +21,11 @@ from foreload.model.draft import (
     draft_bytes,
     draft_folder,
     has_draft,
+    pack_expert,
     read_draft,
 )
 from foreload.model.hf import load_model
+from foreload.ops.cpu import draft_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -346,3 +348,17 @@ def test_a_draft_that_was_let_go_of_says_so(loaded: LoadedModel, folders: dict[s
     with pytest.raises(ForeloadError, match="let go of"):
         draft.run_layer(0, loaded.sites[0].experts, *make_inputs(loaded, 0, 1))
     draft.release()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", ["gpt_oss", "mixtral"])
+def test_one_expert_is_packed_as_a_layer_of_one(tmp_path: Path, arch: str, kind: str) -> None:
+    loaded = load_model(zoo.save_family(arch, tmp_path).path)
+    site, plan = loaded.sites[1], loaded.plans[1][3]
+    layer = pack_expert(site.experts, plan, read_expert(plan), DRAFT_BITS[kind])
+    assert len(layer.first) == len(layer.down) == 1
+    hidden, _, weights = make_inputs(loaded, 1, 5)
+    index = torch.tensor([[3]] * 5)
+    wanted = StreamedExperts(loaded.plans)(1, site.experts, hidden, index, weights[:, :1])
+    found = draft_forward(layer, site.experts, hidden, torch.zeros_like(index), weights[:, :1])
+    assert (found - wanted).norm() < MOST_ERROR[kind] * wanted.norm()

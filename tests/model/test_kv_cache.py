@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import zoo
-from foreload.model.kv_cache import _GrowingLayer, make_kv_cache
+from foreload.model.kv_cache import _GrowingLayer, can_rewind, make_kv_cache, rewind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,3 +180,59 @@ def test_a_cache_filled_in_inference_mode_can_be_used_outside() -> None:
     with torch.no_grad():
         keys, _ = layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
     assert keys[0, 0, :, 0].tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_rewinding_forgets_the_last_tokens_past_a_sliding_window_too(
+    model: PreTrainedModel,
+) -> None:
+    tokens = zoo.prompt(40)
+    cache = make_kv_cache(model)
+    cache.activate_past_recording()
+    run(model, cache, tokens[:, :20])
+    rewind(cache, 0)
+    for start in range(20, 32, 4):
+        run(model, cache, tokens[:, start : start + 4])
+        # Whatever came is forgotten, and what comes in its place is as if it had never been.
+        run(model, cache, tokens[:, :3] + 50)
+        rewind(cache, 4)
+        assert cache.get_seq_length() == start + 3
+        run(model, cache, tokens[:, start + 3 : start + 4])
+        rewind(cache, 0)
+    with torch.no_grad():
+        whole = model(input_ids=tokens[:, :35], use_cache=False).logits[:, 32:]
+    assert torch.allclose(run(model, cache, tokens[:, 32:35]), whole, atol=1e-4)
+
+
+def test_rewinding_nothing_changes_nothing(model: PreTrainedModel) -> None:
+    cache = make_kv_cache(model)
+    cache.activate_past_recording()
+    run(model, cache, zoo.prompt(9))
+    kept = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    rewind(cache, 0)
+    assert cache.get_seq_length() == 9
+    for layer, (keys, values) in zip(cache.layers, kept, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+def test_attention_can_go_back(model: PreTrainedModel) -> None:
+    assert can_rewind(model)
+
+
+@pytest.mark.parametrize("arch", ["qwen3_next", "jamba", "granitemoehybrid", "minimax"])
+def test_recurrent_states_cannot_go_back(arch: str) -> None:
+    built = zoo.build_tiny(arch)
+    built.set_experts_implementation("eager")
+    assert not can_rewind(built)
+
+
+def test_trying_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
+    state = torch.get_rng_state()
+    before = run(model, make_kv_cache(model), zoo.prompt(9))
+    can_rewind(model)
+    assert torch.equal(run(model, make_kv_cache(model), zoo.prompt(9)), before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_no_language_model_cannot_go_back() -> None:
+    assert not can_rewind(zoo.build_family("qwen3_moe").model)

@@ -261,18 +261,23 @@ class TestCopies:
                 assert set(buffer.uses(layer)) == wanted
         assert asked == [(start + token, layer) for token in range(DRAFTED) for layer in range(4)]
 
-    def test_true_foresight_leaves_little_to_wait_for(
+    def test_true_foresight_brings_all_that_is_missing_and_nothing_else(
         self, open_drafting: Callable[..., Engine]
     ) -> None:
-        engine = open_drafting(expert_memory="60%")
-        routed: dict[int, set[int]] = {}
-        engine.runtime.on_routing = lambda event, wanted: routed.update({event.layer: set(wanted)})
+        engine = open_drafting(expert_memory="100%")
+        routed: dict[int, list[int]] = {}
+        engine.runtime.on_routing = lambda event, wanted: routed.update({event.layer: wanted})
         _, drafted, _ = run_round(engine, prefill(engine), 0)
-        drafter_of(engine).foresight = lambda position, layer: sorted(routed[layer])
-        this_round, again, _ = run_round(engine, prefill(engine), 0)
-        assert again == drafted
-        assert engine.metrics.num_prefetched_used > 0
-        assert this_round.verification.num_lookups == sum(len(w) for w in routed.values())
+        known = dict(routed)
+        drafter_of(engine).foresight = lambda position, layer: known[layer]
+        cache = prefill(engine)
+        before = engine.metrics.snapshot()
+        this_round, again, _ = run_round(engine, cache, 0)
+        counted = engine.metrics.since(before)
+        assert (again, routed) == (drafted, known)
+        assert counted.num_misses == 0
+        assert counted.num_prefetched_used == counted.num_prefetched > 0
+        assert this_round.verification.num_lookups == sum(len(w) for w in known.values())
 
 
 class TestCounting:
@@ -307,9 +312,10 @@ class TestCounting:
         (report,) = reports
         assert (report.num_draft_tokens, report.num_accepted_tokens) == (DRAFTED, 1)
         assert report.num_lookups == counted.num_lookups
-        assert report.copied_bytes == counted.bytes_moved
         assert report.stall_s == pytest.approx(counted.stall_s)
-        assert report.link_s == pytest.approx(counted.link_s)
+        # Copies that were called off may have ended in between.
+        assert 0 < report.copied_bytes <= counted.bytes_moved
+        assert 0 < report.link_s <= counted.link_s
         assert report.draft_s == pytest.approx(counted.draft_s) > 0
         assert report.verify_s == pytest.approx(this_round.verification.time_s) > report.stall_s
         assert governor.rounds_by_draft == {DRAFTED: 1}

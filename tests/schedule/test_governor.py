@@ -96,7 +96,7 @@ MACHINES = {
     "the draft is often wrong": Machine(link_bytes_s=5e8, acceptance=0.6),
     "copies hardly grow": Machine(link_bytes_s=1e9, acceptance=0.9, growth=0.3),
     "a forward costs the same for many tokens": Machine(verify_s=0.004, draft_s=0.01),
-    "drafting is dear": Machine(draft_s=0.5, link_bytes_s=1e9),
+    "drafting is dear": Machine(draft_s=0.5, link_bytes_s=1e9, acceptance=0.5),
     "everything is in memory": Machine(copied_bytes=1e6, link_bytes_s=1e10, draft_s=0.02),
 }
 
@@ -109,9 +109,11 @@ class TestChoosing:
         play = Play(machine, seed=seed)
         play.run(100)
         choices, _ = play.run(200)
+        best = machine.rate(machine.best())
+        near = [machine.rate(choice) > 0.9 * best for choice in choices]
+        assert sum(near) > 0.9 * len(near), choices
         usual = max(set(choices), key=choices.count)
-        assert machine.rate(usual) > 0.93 * machine.rate(machine.best()), choices
-        assert choices.count(usual) > 0.5 * len(choices), "it stays where it is"
+        assert machine.rate(usual) > 0.93 * best, choices
 
     @pytest.mark.parametrize("name", MACHINES)
     def test_trying_others_costs_little(self, name: str) -> None:
@@ -264,11 +266,8 @@ class TestMeasures:
         governor = Governor(most=3)
         assert governor.draft_token_s == governor.link_bytes_s == 0
         assert governor.rate(0) == governor.rate(3) == 0
-        for point in governor.roofs():
-            assert (point.union, point.io_roof, point.compute_roof, point.predicted) == (
-                0, point.io_roof, 0, 0
-            )  # fmt: skip
-            assert point.num_rounds == 0
+        for number, point in enumerate(governor.roofs()):
+            assert point == RoofPoint(number, 0, math.inf, math.inf, 0, 0, 0)
 
     def test_times_and_bandwidth_are_what_was_measured(self) -> None:
         governor = Governor(most=4)
@@ -307,7 +306,9 @@ class TestMeasures:
             governor.learn(replace(report, stall_s=0.0))
         assert governor.link_bytes_s == 0
         assert governor.rate(2) > 0
-        assert [point.intensity for point in governor.roofs()] == [math.inf] * 3
+        for point in governor.roofs():
+            assert point.intensity == point.io_roof == math.inf
+            assert point.predicted == pytest.approx(point.compute_roof, rel=0.05)
         assert 0 <= governor.choose(100) <= 2
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foreload.predict.draft_routing import LookaheadBuffer
-from foreload.schedule.orchestrator import Phase, PrefetchRound
+from foreload.schedule.orchestrator import Phase, PrefetchRound, foreseen_wait
 from foreload.types import ExpertKey
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ class TestForeseeing:
         assert set(waits) == {1}
         assert not is_complete, "more may be drafted"
         bench.note(3, 2)
-        assert 0 < waits[1] < bench.tiers.foreseen[3][0][2] <= 1e-3
+        later, _ = bench.tiers.foreseen[3]
+        assert 0 < waits[1] < later[2] <= 1e-3
+        assert (waits[1], later[2]) == (foreseen_wait(0, LAYERS), foreseen_wait(3, LAYERS))
 
     def test_all_drafted_tokens_are_foreseen_together(self) -> None:
         bench = Bench()

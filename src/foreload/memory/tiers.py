@@ -7,6 +7,7 @@ routers or models: it is given keys and probabilities, and gives back readable p
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -91,7 +92,8 @@ class ExpertTiers:
         self._views: dict[ExpertKey, dict[str, Tensor]] = {}
         self._window = 4 * transfers.num_workers
         self._demand: Demand | None = None
-        self._link_until_s = 0.0
+        # When pieces were on their way, sorted and apart; none while no copy is open.
+        self._link_spans: list[tuple[float, float]] = []
         self.is_layerwise = False
 
     def observe(
@@ -277,10 +279,7 @@ class ExpertTiers:
             else:
                 self._metrics.demand_bytes += transfer.bytes_moved
             for start_s, end_s in transfer.busy:
-                # What overlaps an earlier piece is counted once.
-                new_s = end_s - max(start_s, self._link_until_s)
-                self._metrics.link_s += max(0.0, new_s)
-                self._link_until_s = max(self._link_until_s, end_s)
+                self._count_link(start_s, end_s)
                 self._timeline.add("disk", f"{key.layer}.{key.expert}", start_s, end_s)
             is_unwanted = key in self._unwanted
             self._unwanted.discard(key)
@@ -295,6 +294,21 @@ class ExpertTiers:
                 self._metrics.wasted_bytes += transfer.bytes_moved
             if transfer.error is not None:
                 self._failed[key] = transfer.error
+        if not self._open:
+            self._link_spans.clear()
+
+    def _count_link(self, start_s: float, end_s: float) -> None:
+        """Count what of a piece's time no other piece covers, in whatever order they are booked."""
+        spans = self._link_spans
+        first = last = bisect_left(spans, start_s, key=lambda span: span[1])
+        covered_s = 0.0
+        while last < len(spans) and spans[last][0] <= end_s:
+            covered_s += spans[last][1] - spans[last][0]
+            last += 1
+        if first < last:
+            start_s, end_s = min(start_s, spans[first][0]), max(end_s, spans[last - 1][1])
+        spans[first:last] = [(start_s, end_s)]
+        self._metrics.link_s += end_s - start_s - covered_s
 
     def _evict(self, key: ExpertKey) -> None:
         if self.cache.evict(key):
