@@ -56,6 +56,8 @@ class TestAuto:
     def test_nothing_is_built_for_it(self, loaded: LoadedModel, tmp_path: Path) -> None:
         assert resolve(config(draft="auto"), loaded, cache_dir=tmp_path).draft == "none"
         assert resolve(config(draft="auto"), loaded).draft == "none"
+        asked = config(draft="auto", num_draft_tokens=4)
+        assert resolve(asked, loaded).num_draft_tokens == "auto"
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("pays", [True, False])

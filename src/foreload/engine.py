@@ -124,7 +124,7 @@ class Engine:
         spec: The numbers about the model.
         model: The transformers model.
         tokenizer: Its tokenizer, or None where the checkpoint has none.
-        cache_dir: Where calibrations and estimators are kept.
+        cache_dir: Where calibrations, estimators and drafts are kept.
         metrics: Counters since the engine was made.
         drafter: Makes the rounds of speculative decoding; None without a draft.
         timeline: Spans of computation, disk and stall; switched off until `timeline.is_on`.

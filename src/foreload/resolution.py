@@ -128,6 +128,7 @@ def resolve(
         dtype=loaded.spec.dtype,
         expert_memory=(budget - drafted) // size * size + drafted,
         draft=draft,
+        num_draft_tokens=config.num_draft_tokens if draft != "none" else "auto",
     )
 
 

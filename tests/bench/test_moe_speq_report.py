@@ -36,8 +36,8 @@ def draft_limits(trial: int = 0) -> BudgetLimits:
         bandwidth_bytes_s=1e9,
         compute_s=5e-3,
         expert_bytes=10**6,
-        hit_rates={"lru": 0.3, "belady": 0.8},
-        misses_per_token={"lru": 14.0, "belady": 4.0},
+        hit_rates={"lru": 0.3, "history": 0.5, "belady": 0.8},
+        misses_per_token={"lru": 14.0, "history": 10.0, "belady": 4.0},
     )
 
 

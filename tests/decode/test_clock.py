@@ -27,9 +27,7 @@ class Request:
             num_executed=100, num_speculated=90, num_predicted={(0, 1): 10},
         )  # fmt: skip
         self.rounds = Counter({0: 2, 4: 5})
-        monkeypatch.setattr(
-            clock_module, "time", SimpleNamespace(perf_counter=lambda: self.now_s)
-        )
+        monkeypatch.setattr(clock_module, "time", SimpleNamespace(perf_counter=lambda: self.now_s))
         self.clock = RequestClock(self.metrics, self.rounds, 100.0, 12)
 
     def token(self, seconds: float, *, is_output: bool = True) -> None:

@@ -313,7 +313,10 @@ class TestFolders:
     ) -> None:
         one = draft_folder(tmp_path, "a" * 64, "int4")
         assert draft_folder(tmp_path, "a" * 64, "int4") == one
-        others = {draft_folder(tmp_path, "b" * 64, "int4"), draft_folder(tmp_path, "a" * 64, "int8")}
+        others = {
+            draft_folder(tmp_path, "b" * 64, "int4"),
+            draft_folder(tmp_path, "a" * 64, "int8"),
+        }
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "Other CPU")
         others.add(draft_folder(tmp_path, "a" * 64, "int4"))
         assert len(others | {one}) == 4

@@ -22,7 +22,7 @@ def spec_of(tiny_checkpoint: Path) -> ModelSpec:
 
 def test_it_pays_where_copies_decide(tiny_checkpoint: Path) -> None:
     spec = spec_of(tiny_checkpoint)
-    assert draft_pays(spec, FIGURES, plain_slots=1024, slots_beside=512)
+    assert draft_pays(spec, FIGURES, plain_slots=1024, slots_beside=960)
 
 
 def test_it_does_not_pay_where_everything_fits_without_it(tiny_checkpoint: Path) -> None:

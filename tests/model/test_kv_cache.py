@@ -226,6 +226,12 @@ def test_recurrent_states_cannot_go_back(arch: str) -> None:
     assert not can_rewind(built)
 
 
+def test_a_past_of_bounded_length_can_go_back() -> None:
+    built = zoo.build_tiny("lfm2_moe")  # short convolutions beside attention
+    built.set_experts_implementation("eager")
+    assert can_rewind(built)
+
+
 def test_trying_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     state = torch.get_rng_state()
     before = run(model, make_kv_cache(model), zoo.prompt(9))

@@ -264,7 +264,7 @@ class TestCopies:
     def test_true_foresight_brings_all_that_is_missing_and_nothing_else(
         self, open_drafting: Callable[..., Engine]
     ) -> None:
-        engine = open_drafting(expert_memory="100%")
+        engine = open_drafting(expert_memory="60%")
         routed: dict[int, list[int]] = {}
         engine.runtime.on_routing = lambda event, wanted: routed.update({event.layer: wanted})
         _, drafted, _ = run_round(engine, prefill(engine), 0)
@@ -304,7 +304,9 @@ class TestCounting:
         governor = drafter_of(engine).governor
         reports: list[Any] = []
         learn = governor.learn
-        monkeypatch.setattr(governor, "learn", lambda report: (reports.append(report), learn(report)))
+        monkeypatch.setattr(
+            governor, "learn", lambda report: (reports.append(report), learn(report))
+        )
         cache = prefill(engine)
         before = engine.metrics.snapshot()
         this_round, _, _ = run_round(engine, cache, 1)
@@ -316,8 +318,9 @@ class TestCounting:
         # Copies that were called off may have ended in between.
         assert 0 < report.copied_bytes <= counted.bytes_moved
         assert 0 < report.link_s <= counted.link_s
-        assert report.draft_s == pytest.approx(counted.draft_s) > 0
-        assert report.verify_s == pytest.approx(this_round.verification.time_s) > report.stall_s
+        assert report.draft_s == pytest.approx(counted.draft_s)
+        assert report.verify_s == pytest.approx(this_round.verification.time_s)
+        assert 0 < report.stall_s < report.verify_s
         assert governor.rounds_by_draft == {DRAFTED: 1}
         assert governor.draft_token_s == pytest.approx(report.draft_s / DRAFTED)
 

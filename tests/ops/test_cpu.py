@@ -131,7 +131,9 @@ class TestProducts:
 
 
 class TestUnpacking:
-    @pytest.mark.parametrize(("num_rows", "num_columns"), [(16, 32), (48, 192), (17, 33), (96, 256)])
+    @pytest.mark.parametrize(
+        ("num_rows", "num_columns"), [(16, 32), (48, 192), (17, 33), (96, 256)]
+    )
     def test_nibbles_lie_at_different_places_and_cover_all(
         self, num_rows: int, num_columns: int
     ) -> None:

@@ -96,7 +96,7 @@ MACHINES = {
     "the draft is often wrong": Machine(link_bytes_s=5e8, acceptance=0.6),
     "copies hardly grow": Machine(link_bytes_s=1e9, acceptance=0.9, growth=0.3),
     "a forward costs the same for many tokens": Machine(verify_s=0.004, draft_s=0.01),
-    "drafting is dear": Machine(draft_s=0.5, link_bytes_s=1e9, acceptance=0.5),
+    "drafting is dear": Machine(draft_s=1.0, link_bytes_s=1e9),
     "everything is in memory": Machine(copied_bytes=1e6, link_bytes_s=1e10, draft_s=0.02),
 }
 
@@ -146,7 +146,7 @@ class TestChoosing:
     def test_it_comes_back_when_drafting_pays_again(self, seed: int) -> None:
         play = Play(MACHINES["drafting is dear"], seed=seed)
         play.run(100)
-        play.machine = replace(play.machine, draft_s=0.02, link_bytes_s=3e8, acceptance=0.95)
+        play.machine = replace(play.machine, draft_s=0.02, link_bytes_s=3e8)
         assert play.machine.best() > 0
         play.run(200)
         choices, _ = play.run(100)

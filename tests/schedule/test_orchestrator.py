@@ -330,7 +330,9 @@ def test_any_round_brings_all_that_was_drafted_within_its_quotas(
         bench.round.end_token()
         most = max(num_workers, int(-(-link_experts // 1)))
     bench.round.end_draft()
-    wanted = {(layer, e) for token in tokens for layer, experts in enumerate(token) for e in experts}
+    wanted = {
+        (layer, e) for token in tokens for layer, experts in enumerate(token) for e in experts
+    }
     assert set(bench.tiers.begun) == wanted - here
     assert len(bench.tiers.begun) == len(wanted - here)
     for layer in range(LAYERS):

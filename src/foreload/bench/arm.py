@@ -44,7 +44,8 @@ class Arm:
     @property
     def has_draft(self) -> bool:
         """Tell whether quantised experts take a part of its memory."""
-        return (self.settings or {}).get("draft", "none") != "none"
+        draft: str = (self.settings or {}).get("draft", "none")
+        return draft != "none"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["make_figure", "plot_timeline", "plot_tpot", "save_figure"]
 
-_LANES = {"disk": "#4878a8", "compute": "#6a9f58", "stall": "#c44e52"}
+_LANES = {"disk": "#4878a8", "draft": "#b8862c", "compute": "#6a9f58", "stall": "#c44e52"}
 
 
 def plot_tpot(samples: Sequence[Sample], limits: Sequence[BudgetLimits], output: Path) -> None:
@@ -51,20 +51,21 @@ def plot_tpot(samples: Sequence[Sample], limits: Sequence[BudgetLimits], output:
 
 
 def plot_timeline(timeline: Timeline, step_s: Sequence[float], path: Path, *, title: str) -> None:
-    """Draw one typical token: what the disk, the computation and the waiting did.
+    """Draw one typical token, or round: what disk, draft, computation and waiting did.
 
     Args:
         timeline: Spans of a whole decode.
-        step_s: Its step times, in order; the step nearest the median is drawn.
+        step_s: Its step or round times, in order; the one nearest the median is drawn.
         path: Where the PNG goes.
         title: Name of the arm.
     """
     spans = timeline.spans
-    if not spans:
+    if not any(span.lane == "compute" for span in spans):
         return
     begin, end = _typical_step(timeline, step_s)
+    lanes = {lane: colour for lane, colour in _LANES.items() if any(s.lane == lane for s in spans)}
     figure, axes = make_figure(9, 2.2)
-    for row, (lane, colour) in enumerate(_LANES.items()):
+    for row, (lane, colour) in enumerate(lanes.items()):
         bars = [
             (
                 (max(s.start_s, begin) - begin) * 1e3,
@@ -74,10 +75,11 @@ def plot_timeline(timeline: Timeline, step_s: Sequence[float], path: Path, *, ti
             if s.lane == lane and s.end_s > begin and s.start_s < end
         ]
         axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colour, alpha=0.75)
-    axes.set_yticks(range(len(_LANES)), list(_LANES))
+    axes.set_yticks(range(len(lanes)), list(lanes))
     axes.set_xlim(0, (end - begin) * 1e3)
     axes.set_xlabel("ms")
-    axes.set_title(f"one token: {title}")
+    what = "round" if "draft" in lanes else "token"
+    axes.set_title(f"one {what}: {title}")
     save_figure(figure, path)
 
 

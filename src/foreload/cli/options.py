@@ -65,7 +65,7 @@ ModelArgument = Annotated[
 CacheDirOption = Annotated[
     Path | None,
     typer.Option(
-        help="Where calibrations and estimators are kept.",
+        help="Where calibrations, estimators and drafts are kept.",
         show_default="~/.cache/foreload",
         file_okay=False,
         rich_help_panel="Engine",

@@ -37,7 +37,7 @@ from foreload.ops.cpu import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -370,7 +370,9 @@ def _matrix(tensors: Mapping[str, Tensor], experts: Any, matrix: str) -> Tensor:
     return weight.t() if experts.is_transposed else weight
 
 
-def _read_experts(plans: Sequence[ExpertPlan]) -> Iterator[dict[str, Tensor]]:
+def _read_experts(
+    plans: Sequence[ExpertPlan],
+) -> Generator[dict[str, Tensor], None, None]:
     """Read experts one after the other, the next one while this one is worked on."""
     arena = SlotArena(2, max(slot_bytes(plan) for plan in plans))
     backend = DiskBackend(arena)

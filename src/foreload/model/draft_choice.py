@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,8 +129,8 @@ def measure_figures(
     layer = pack_expert(experts, some[0], weights[0], DRAFT_BITS[kind])
     index, share = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     with torch.inference_mode():
-        one_s = _time([lambda w=w: expert_forward(experts, rows[:1], w) for w in weights])
-        four_s = _time([lambda w=w: expert_forward(experts, rows, w) for w in weights])
+        one_s = _time([partial(expert_forward, experts, rows[:1], w) for w in weights])
+        four_s = _time([partial(expert_forward, experts, rows, w) for w in weights])
         draft_s = _time([lambda: draft_forward(layer, experts, rows[:1], index, share)] * 4)
     read_bytes_s = spec.expert_bytes / one_s
     arena.release()

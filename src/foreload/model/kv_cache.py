@@ -42,8 +42,9 @@ def rewind(cache: Any, num_tokens: int) -> None:
 def can_rewind(model: Any) -> bool:
     """Tell whether a model's cache can forget its last tokens, by letting it try.
 
-    Recurrent states cannot, and whatever else a model keeps is found out the same way: what comes
-    after going back must be what comes without having been there. Experts need not be attached.
+    Recurrent states cannot, whether they show at once or not, and whatever else a model keeps is
+    found out: what comes after going back must be what comes without having been there. Experts
+    need not be attached.
 
     Cost:
         Six small forwards.
@@ -67,6 +68,8 @@ def can_rewind(model: Any) -> bool:
                         rewind(cache, 0)
                 output = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
                 logits.append(output.logits.float())
+                if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
+                    return False
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     gap = (logits[0] - logits[1]).abs().mean()

@@ -61,7 +61,7 @@ def quantise(
         counts = importance.float().view(num_columns // group, group)
     for start in range(0, num_rows, _ROWS):
         rows = slice(start, start + _ROWS)
-        grouped = weight[rows].float().unflatten(1, (-1, group))  # (n, K / group, group)
+        grouped = _grouped(weight[rows], group)
         found = _search(grouped, bits, counts) if search else _nearest(grouped, bits)
         codes[rows], scales[rows] = found[0].flatten(1), found[1]
     return Quantised(codes, scales)
@@ -69,8 +69,12 @@ def quantise(
 
 def dequantise(matrix: Quantised, group: int) -> Tensor:
     """Give what the codes stand for, (N, K) float32."""
-    grouped = matrix.codes.float().unflatten(1, (-1, group))
-    return (grouped * matrix.scales.float()[..., None]).flatten(1)
+    return (_grouped(matrix.codes, group) * matrix.scales.float()[..., None]).flatten(1)
+
+
+def _grouped(matrix: Tensor, group: int) -> Tensor:
+    """Cut rows into groups of columns, (n, K / group, group) float32."""
+    return matrix.float().reshape(matrix.shape[0], -1, group)
 
 
 def _nearest(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
