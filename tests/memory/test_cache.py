@@ -352,8 +352,18 @@ KEYS = st.builds(ExpertKey, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS -
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["reserve", "guess", "commit", "abort", "pin", "unpin", "evict", "observe"]
-            + ["foresee", "grow"]
+            [
+                "reserve",
+                "guess",
+                "commit",
+                "abort",
+                "pin",
+                "unpin",
+                "evict",
+                "observe",
+                "foresee",
+                "grow",
+            ]
         ),
         KEYS,
         st.floats(0, 5),

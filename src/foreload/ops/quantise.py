@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["Quantised", "choose_group", "dequantise", "quantise"]
 
 _GROUPS = (128, 64, 32)
-_SHRINK = (1.0, 0.93, 0.86, 0.79)
+_SHRINK = (0.95, 0.85)
 """Shares of the widest range that are tried as a group's range: clipping its largest element costs
-less than a coarse step for all others. Finer steps gain nothing (demo model, November 2026)."""
+less than a coarse step for all others. On the demo the squared error falls by 28 % with these two,
+by 30 % with six (November 2026)."""
 _ROWS = 256
 """Rows at a time: what the search works on stays in the processor's cache."""
 
@@ -51,7 +52,7 @@ def quantise(
             element of a group gets the largest code (round to nearest).
 
     Cost:
-        With `search` about 60 element-wise operations per weight.
+        With `search` about 20 element-wise operations per weight.
     """
     num_rows, num_columns = weight.shape
     codes = torch.empty(num_rows, num_columns, dtype=torch.int8)
@@ -81,43 +82,55 @@ def _nearest(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Give codes and scales where the largest element of a group gets the largest code."""
     limit = 2 ** (bits - 1)
     scales = (grouped.abs().amax(-1) / (limit - 1)).bfloat16()
-    return _encode(grouped, scales, limit), scales
+    return _encode(grouped, scales, limit).to(torch.int8), scales
 
 
 def _search(grouped: Tensor, bits: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Try several scales per group, each refitted to its codes, and keep the best."""
     limit = 2 ** (bits - 1)
-    codes, scales = _nearest(grouped, bits)
-    error = _error(grouped, codes, scales, counts)
+    largest, smallest = grouped.amax(-1), grouped.amin(-1)
     # There is one negative code more: the sign of the scale lets the largest element have it.
-    peak = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    for shrink in _SHRINK:
-        tried = (peak * (-shrink / limit)).bfloat16()
-        tried_codes = _encode(grouped, tried, limit)
-        for candidate in (tried, _refit(grouped, tried_codes, tried, counts)):
-            found = _error(grouped, tried_codes, candidate, counts)
-            is_better = found < error
-            error = torch.where(is_better, found, error)
-            scales = torch.where(is_better, candidate, scales)
-            codes = torch.where(is_better[..., None], tried_codes, codes)
-    return codes, scales
+    peak = torch.where(largest > -smallest, largest, smallest)
+    tried = [(peak.abs() / (limit - 1)).bfloat16()]
+    tried += [(peak * (-shrink / limit)).bfloat16() for shrink in _SHRINK]
+    found = [_fit(grouped, scales, limit, counts) for scales in tried]
+    error = torch.stack([fit.error for fit in found])
+    best = error.argmin(0, keepdim=True)
+    codes, scales = found[0].codes, found[0].scales
+    for number, fit in enumerate(found[1:], 1):
+        is_best = best[0] == number
+        codes = torch.where(is_best[..., None], fit.codes, codes)
+        scales = torch.where(is_best, fit.scales, scales)
+    return codes.to(torch.int8), scales
+
+
+class _Fit(NamedTuple):
+    """Codes (n, G, group) as floats, their best scales (n, G), and what of the error varies."""
+
+    codes: Tensor
+    scales: Tensor
+    error: Tensor
+
+
+def _fit(grouped: Tensor, scales: Tensor, limit: int, counts: Tensor | None) -> _Fit:
+    """Encode with given scales, and refit the scales to the codes where that is better.
+
+    The squared error of a group is sum(w^2) - 2 s sum(w q) + s^2 sum(q^2): both sums tell it for
+    every scale s.
+    """
+    codes = _encode(grouped, scales, limit)
+    weighted = codes if counts is None else codes * counts
+    product = torch.linalg.vecdot(grouped, weighted)
+    square = torch.linalg.vecdot(codes, weighted)
+    refitted = torch.where(square > 0, product / square, scales.float()).bfloat16()
+    errors = torch.stack(
+        [s * (s * square - 2 * product) for s in (scales.float(), refitted.float())]
+    )
+    is_refitted = errors[1] < errors[0]
+    return _Fit(codes, torch.where(is_refitted, refitted, scales), errors.amin(0))
 
 
 def _encode(grouped: Tensor, scales: Tensor, limit: int) -> Tensor:
-    steps = scales.float()[..., None]
-    # A group of zeros has the scale 0, and codes of 0.
-    ratio = torch.where(steps == 0, 0.0, grouped / steps)
-    return ratio.round_().clamp_(-limit, limit - 1).to(torch.int8)
-
-
-def _refit(grouped: Tensor, codes: Tensor, scales: Tensor, counts: Tensor | None) -> Tensor:
-    """Give the scales with the least squared error for these codes."""
-    values = codes.float()
-    weighted = values if counts is None else values * counts
-    fitted = (weighted * grouped).sum(-1) / (weighted * values).sum(-1)
-    return torch.where(fitted.isfinite(), fitted, scales.float()).bfloat16()
-
-
-def _error(grouped: Tensor, codes: Tensor, scales: Tensor, counts: Tensor | None) -> Tensor:
-    squares = (grouped - codes.float() * scales.float()[..., None]).square_()
-    return (squares if counts is None else squares * counts).sum(-1)
+    """Give the nearest codes, as floats; a group of zeros has the scale 0, and codes of 0."""
+    inverse = torch.where(scales == 0, 0.0, 1 / scales.float())
+    return (grouped * inverse[..., None]).round_().clamp_(-limit, limit - 1)
