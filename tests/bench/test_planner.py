@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from huggingface_hub import constants
 
-from foreload import engine
+from foreload import resolution
 from foreload.bench import planner
 from foreload.bench.planner import GivenFigures, make_run_plan, predict_arms, predict_range
 from foreload.bench.probe import ExpertProbe, LayerProbe
@@ -198,7 +198,7 @@ class TestPlan:
         opened = open_engine(tiny_checkpoint, expert_memory="30%", predictor="none")
         plan = make_run_plan(str(tiny_checkpoint), given=GIVEN, budgets=(0.3,))
         assert plan.arms[0].num_slots == opened.tiers.num_slots
-        assert planner._MARGIN_BYTES == engine._MARGIN_BYTES
+        assert planner._MARGIN_BYTES == resolution._MARGIN_BYTES
 
     def test_a_machine_too_small_is_told_what_it_lacks(self, tiny_checkpoint: Path) -> None:
         plan = make_run_plan(str(tiny_checkpoint), given=replace(GIVEN, memory_bytes=1 << 20))

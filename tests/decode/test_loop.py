@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foreload.config import SamplingConfig
+from foreload.decode import loop as loop_module
 from foreload.decode.loop import StopText, decode
+from foreload.decode.sampling import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -134,6 +136,7 @@ class GuessingRound:
         self.owner, self.kv_cache, self.number = owner, kv_cache, number
         self.is_open = False
         self.fed: list[int] = []
+        self.shown: list[Tensor] = []
         self.verified: list[int] | None = None
         self.num_accepted: int | None = None
 
@@ -151,7 +154,8 @@ class GuessingRound:
             self.fed.append(following)
             self.owner.num_drafted += 1
             is_wrong = self.owner.num_drafted % self.owner.wrong_every == 0
-            following = choose(peaked([*seen, *self.fed], error=int(is_wrong)))
+            self.shown.append(peaked([*seen, *self.fed], error=int(is_wrong)))
+            following = choose(self.shown[-1])
 
     def verify(self, token_ids: Sequence[int]) -> Tensor:
         assert self.is_open
@@ -295,6 +299,28 @@ class TestRounds:
         with pytest.raises(RuntimeError, match="flaw"):
             list(tokens)
         assert [one.is_open for one in drafter.rounds] == [False]
+
+    @pytest.mark.parametrize("temperature", [0.0, 3.0])
+    def test_every_drafted_token_is_judged_beside_the_logits_it_came_from(
+        self, monkeypatch: pytest.MonkeyPatch, temperature: float
+    ) -> None:
+        drafter, num_judged = Guessing(3, wrong_every=4), 0
+
+        def judge(
+            draft_ids: list[int], draft_logits: list[Tensor], target_logits: Tensor, *rest: Any
+        ) -> Any:
+            nonlocal num_judged
+            shown = drafter.rounds[-1].shown
+            assert len(draft_ids) == len(draft_logits) == len(shown)
+            assert all(one is other for one, other in zip(draft_logits, shown, strict=True))
+            assert len(target_logits) == 1 + len(draft_ids)
+            num_judged += len(shown)
+            return verify(draft_ids, draft_logits, target_logits, *rest)
+
+        monkeypatch.setattr(loop_module, "verify", judge)
+        config = SamplingConfig(max_new_tokens=20, temperature=temperature, seed=0)
+        list(decode(Counting(), [1], [], config, prefill_chunk=8, drafter=drafter))
+        assert num_judged == drafter.num_drafted > 0
 
     def test_the_seed_decides_drafted_samples_too(self) -> None:
         def draw(seed: int) -> list[int]:

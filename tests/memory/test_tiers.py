@@ -411,6 +411,7 @@ class TestCallingOff:
         guess(tiers, 1, 1)
         demand = tiers.demand(1, [1, 2])
         tiers.call_off([ExpertKey(0, 0), ExpertKey(1, 1), ExpertKey(1, 2), ExpertKey(3, 7)])
+        assert tiers.cache.lookup(ExpertKey(1, 2)) is Lookup.PENDING, "queued as a demand"
         disk.let_all_go()
         assert finish(lambda: sorted(key.expert for key, _ in demand)) == [1, 2]
         assert set(tiers.cache.keys()) == {(0, 0), (1, 1), (1, 2)}

@@ -227,6 +227,7 @@ class TestCopies:
             assert buffer.num_tokens == DRAFTED
             used = {(layer, e) for layer in range(4) for e in buffer.uses(layer)}
             assert foreseen(engine) == used
+            assert engine.tiers.cache._delay.all(), "nothing else is expected"
             this_round.verify([TOKEN, *choose.tokens])
             assert foreseen(engine) == set()
             this_round.settle(0)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from foreload.predict.draft_routing import LookaheadBuffer
 from foreload.schedule.orchestrator import Phase, PrefetchRound, foreseen_wait
-from foreload.types import ExpertKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from foreload.types import ExpertKey
 
 LAYERS = 4
 
