@@ -33,6 +33,9 @@ _TESTS_OF_ONE = 12
 """Tests of one position that weigh as much as what is known of all positions together."""
 _MARGIN = 1.04
 """Another number of draft tokens must promise this much more to be taken."""
+_MARGIN_OVER_PLAIN = 1.08
+"""The same for drafting at all: plain decoding is known best, and rounds were seen to promise
+more than they kept (widened demo, November 2026)."""
 _PROBE_EVERY = 20
 _FIRST_ROUNDS = (0, 4, 0, 2)
 """What the first rounds draft, so that both ways have been measured."""
@@ -153,7 +156,8 @@ class Governor:
             return min(_FIRST_ROUNDS[self._num_rounds], most, self.most)
         rates = [self.rate(number) for number in range(self.most + 1)]
         best = max(range(self.most + 1), key=rates.__getitem__)
-        if rates[best] > _MARGIN * rates[self._choice]:
+        margin = _MARGIN if self._choice else _MARGIN_OVER_PLAIN
+        if rates[best] > margin * rates[self._choice]:
             self._choice = best
         elif rates[0] >= rates[self._choice]:
             self._choice = 0
