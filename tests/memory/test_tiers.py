@@ -499,6 +499,7 @@ class TestLinkTime:
         link.clock.advance(100.0)
         link.take(0, 1)
         assert link.metrics.link_s == pytest.approx(2.0)
+        assert link.tiers._link_spans == [], "what is over is not kept"
 
     def test_a_copy_that_is_overtaken_counts_what_it_had_before(self) -> None:
         link = Link(num_workers=1, piece_bytes=8)
