@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = ["can_rewind", "make_kv_cache", "rewind"]
 
@@ -18,17 +18,15 @@ _FIRST_CAPACITY = 256
 def make_kv_cache(model: Any) -> DynamicCache:
     """Make a cache for one sequence (or batch) of a transformers model.
 
-    Full-attention layers grow by doubling; layers that are bounded anyway (sliding windows,
-    linear attention) stay transformers' own. Cropping and reordering work as in `DynamicCache`.
+    Full-attention layers grow by doubling, sliding windows stay within sight of the mask; others
+    (linear attention) stay transformers' own. Cropping and reordering work as in `DynamicCache`.
     A model that brings a cache class of its own gets that, as it accepts no other.
     """
     own = _own_cache_class(type(model))
     if own is not None:
         return own()
     cache = DynamicCache(config=model.config)
-    cache.layers = [
-        _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    cache.layers = [_own_layer(layer) for layer in cache.layers]
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = _GrowingLayer
     return cache
@@ -49,31 +47,35 @@ def can_rewind(model: Any) -> bool:
     Cost:
         Six small forwards.
     """
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
-    caches = [make_kv_cache(model) for _ in range(2)]
-    logits = []
+    wanted = _say(model, make_kv_cache(model), detour=False)
+    cache = make_kv_cache(model)
+    cache.activate_past_recording()
     try:
-        with torch.inference_mode():
-            for cache, detour in zip(caches, (True, False), strict=True):
-                cache.activate_past_recording()
-                pieces = [ids[:, :3], ids[:, 3:5]]
-                if detour:
-                    model(input_ids=pieces[0], past_key_values=cache, use_cache=True)
-                    rewind(cache, 0)
-                    model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True)
-                    rewind(cache, 2)
-                else:
-                    for piece in pieces:
-                        model(input_ids=piece, past_key_values=cache, use_cache=True)
-                        rewind(cache, 0)
-                output = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
-                logits.append(output.logits.float())
-                if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
-                    return False
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        found = _say(model, cache, detour=True)
+    except (NotImplementedError, RuntimeError, ValueError):
+        # A layer refused to go back, or what it kept does not fit what comes next.
         return False
-    gap = (logits[0] - logits[1]).abs().mean()
-    return bool(gap <= 0.02 * logits[1].std())
+    if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
+        return False
+    gap = (found - wanted).abs().mean()
+    return bool(gap <= 0.02 * wanted.std())
+
+
+def _say(model: Any, cache: Any, *, detour: bool) -> Tensor:
+    """Give the logits of the last two of seven tokens, run in three pieces."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+
+    def run(tokens: Tensor, num_forgotten: int = 0) -> Tensor:
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        if detour:
+            rewind(cache, num_forgotten)
+        logits: Tensor = output.logits.float()
+        return logits
+
+    with torch.inference_mode():
+        run(ids[:, :3])
+        run(ids[:, 3:] if detour else ids[:, 3:5], num_forgotten=2)
+        return run(ids[:, 5:])
 
 
 def _own_cache_class(model_class: type) -> type[DynamicCache] | None:
@@ -87,6 +89,31 @@ def _own_cache_class(model_class: type) -> type[DynamicCache] | None:
         ):
             return value
     return None
+
+
+def _own_layer(layer: Any) -> Any:
+    if type(layer) is DynamicLayer:
+        return _GrowingLayer()
+    if type(layer) is DynamicSlidingWindowLayer:
+        return _WindowLayer(sliding_window=layer.sliding_window)
+    return layer
+
+
+class _WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """Shows what the mask covers, however many forwards come before the cache goes back.
+
+    transformers 5.17 shows all that was kept for going back.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append and give the keys and values in sight, (B, heads, S, D) each."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.record_past:
+            in_sight = self.sliding_window - 1 + key_states.shape[-2]
+            keys, values = keys[..., -in_sight:, :], values[..., -in_sight:, :]
+        return keys, values
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
