@@ -87,7 +87,7 @@ class ForeloadLM(TemplateLM):  # type: ignore[misc]
             given: dict[str, Any] = {
                 name: "none" if value is None else value for name, value in settings.items()
             }
-            given["device"] = device if device in EngineConfig.CHOICES["device"] else "auto"
+            given["device"] = device if device in ("auto", "cpu") else "auto"
             self.engine = Engine.from_pretrained(model, cache_dir=cache_dir, **given)
         if self.engine.tokenizer is None:
             raise ConfigError("this checkpoint has no tokenizer, and tasks are text")

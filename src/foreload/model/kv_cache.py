@@ -1,4 +1,4 @@
-"""A KV cache that grows by doubling, and whether a model's cache can go back."""
+"""KV caches: one that grows by doubling, one at fixed addresses, and what a model can do with them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-__all__ = ["can_rewind", "make_kv_cache", "rewind"]
+__all__ = [
+    "can_be_static",
+    "can_rewind",
+    "clear_static",
+    "make_kv_cache",
+    "make_static_cache",
+    "rewind",
+    "rewind_static",
+]
 
 _FIRST_CAPACITY = 256
 
@@ -49,7 +57,7 @@ def can_rewind(model: Any) -> bool:
     Cost:
         Six small forwards.
     """
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]], device=model.device)
     caches = [make_kv_cache(model) for _ in range(2)]
     logits = []
     try:
@@ -74,6 +82,65 @@ def can_rewind(model: Any) -> bool:
         return False
     gap = (logits[0] - logits[1]).abs().mean()
     return bool(gap <= 0.02 * logits[1].std())
+
+
+def make_static_cache(model: Any, num_positions: int) -> Cache | None:
+    """Make a cache for one sequence whose buffers never move, as a captured step needs.
+
+    Layers with a sliding window keep all positions too, and leave it to their mask to hide the old
+    ones: how much of a window is full would otherwise be known on the host only.
+
+    Args:
+        model: A transformers model.
+        num_positions: Tokens it has room for.
+
+    Returns:
+        The cache, or None where a layer keeps anything but keys and values.
+    """
+    like = make_kv_cache(model)
+    kinds = {type(layer) for layer in getattr(like, "layers", ())}
+    if not kinds or not kinds <= {_GrowingLayer, DynamicSlidingWindowLayer}:
+        return None
+    return Cache(layers=[StaticLayer(num_positions) for _ in like.layers])
+
+
+def clear_static(cache: Cache) -> None:
+    """Forget every token of a static cache; its buffers stay where they are."""
+    for layer in cache.layers:
+        layer.cumulative_length.zero_()
+
+
+def rewind_static(cache: Cache, num_tokens: int) -> None:
+    """Forget the last `num_tokens` of a static cache; no host sync."""
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(num_tokens)
+
+
+def can_be_static(model: Any) -> bool:
+    """Tell whether a model gives with a static cache what it gives with its own, by trying.
+
+    Experts need not be attached.
+
+    Cost:
+        Six small forwards.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    # Beyond a short window, so that what is hidden shows.
+    length = min(window, 64) + 3 if isinstance(window, int) and window > 0 else 8
+    ids = (torch.arange(length, device=model.device) % 7 + 1)[None]
+    logits = []
+    try:
+        with torch.inference_mode():
+            for cache in (make_kv_cache(model), make_static_cache(model, length + 5)):
+                if cache is None:
+                    return False
+                for piece in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
+                    output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+                logits.append(output.logits[:, -1].float())
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    gap = (logits[0] - logits[1]).abs().mean()
+    return bool(gap <= 0.02 * logits[0].std())
 
 
 def _own_cache_class(model_class: type) -> type[DynamicCache] | None:
