@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from foreload.errors import CapacityError, ConfigError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = [
+    "SideStream",
     "cpus_near",
     "find_device",
     "free_bytes",
@@ -119,3 +125,35 @@ def _cpus_of_pci(address: str, root: Path) -> set[int] | None:
         if first:
             cpus.update(range(int(first), int(last or first) + 1))
     return cpus & os.sched_getaffinity(0) or None
+
+
+class SideStream:
+    """Work beside the one that is going on, in order with itself.
+
+    On the CPU there is no beside: everything happens where it is asked for.
+
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        """Put what is asked for inside beside what follows, behind all that was asked before."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Mark the work so far, for `join`."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def join(self, mark: torch.cuda.Event | None) -> None:
+        """Let what is asked for from now on wait for marked work; the host does not."""
+        if self._stream is not None and mark is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(mark)
