@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foreload.errors import ForeloadError
 from foreload.model.kv_cache import clear_static, rewind_static
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class StepGraph:
         num_positions: Tokens the cache has room for.
         num_tokens: T.
         is_captured: Whether to capture the step on its first use. CUDA only.
+        on_broken: Called where a capture was broken off in the middle of a forward.
 
     Attributes:
         cache: The KV cache; what precedes the steps is put there by ordinary forwards.
@@ -55,12 +57,15 @@ class StepGraph:
         num_positions: int,
         num_tokens: int = 1,
         is_captured: bool = False,
+        on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         self.cache = cache
         self.num_positions = num_positions
         self._forward = forward
         self._token_ids = torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
         self._wants_capture = is_captured
+        self._on_broken = on_broken
+        self._is_closed = False
         self._graph: Any = None
         self._outputs: tuple[Tensor, Tensor] | None = None
 
@@ -74,7 +79,12 @@ class StepGraph:
 
         Returns:
             Logits (T, V) and the likeliest tokens (T,), valid until the next step.
+
+        Raises:
+            ForeloadError: The engine was closed.
         """
+        if self._is_closed:
+            raise ForeloadError("the engine is closed", hint="open a new one")
         with torch.inference_mode():
             self._token_ids.copy_(torch.tensor([list(token_ids)]))
             if self._graph is not None:
@@ -100,6 +110,11 @@ class StepGraph:
         with torch.inference_mode():
             clear_static(self.cache)
 
+    def close(self) -> None:
+        """Let go of the captured step, which reads memory that is about to go."""
+        self._is_closed = True
+        self._graph = self._outputs = None
+
     def _step(self) -> tuple[Tensor, Tensor]:
         logits = self._forward(self._token_ids, self.cache)
         return logits, logits.argmax(-1)
@@ -121,6 +136,7 @@ class StepGraph:
                 outputs = self._step()
         except RuntimeError as error:
             logger.warning("this model's step cannot be captured, and runs as it is: %s", error)
+            self._on_broken()
             self._outputs = self._step()
             return
         self._graph, self._outputs = graph, outputs
@@ -135,6 +151,7 @@ class StepGraphs:
         make_cache: Makes a static KV cache with room for a number of tokens.
         device: Where the model is.
         is_captured: As for `StepGraph`.
+        on_broken: As for `StepGraph`.
         most_positions: The model's context, where it is known.
     """
 
@@ -144,29 +161,39 @@ class StepGraphs:
         make_cache: Callable[[int], Any],
         device: torch.device,
         *,
-        is_captured: bool,
+        is_captured: bool = False,
+        on_broken: Callable[[], None] = lambda: None,
         most_positions: int | None = None,
     ) -> None:
         self._forward = forward
         self._make_cache = make_cache
         self._device = device
         self._is_captured = is_captured
+        self._on_broken = on_broken
         self._most_positions = most_positions
         self._idle: list[StepGraph] = []
+        self._lent: list[StepGraph] = []
 
     @contextmanager
     def lend(self, num_positions: int) -> Iterator[StepGraph]:
         """Lend a step with an empty cache for so many tokens; one request has it to itself."""
         step = self._take(num_positions)
+        self._lent.append(step)
         try:
             yield step
         finally:
-            step.clear()
-            self._idle.append(step)
+            # After `release` it is in neither list.
+            if step in self._lent:
+                self._lent.remove(step)
+                step.clear()
+                self._idle.append(step)
 
     def release(self) -> None:
-        """Let go of idle steps, their caches included."""
+        """Close all steps; those that are lent answer no more."""
+        for step in (*self._idle, *self._lent):
+            step.close()
         self._idle.clear()
+        self._lent.clear()
 
     def _take(self, num_positions: int) -> StepGraph:
         for place, step in enumerate(self._idle):
@@ -185,4 +212,5 @@ class StepGraphs:
             self._device,
             num_positions=room,
             is_captured=self._is_captured,
+            on_broken=self._on_broken,
         )
