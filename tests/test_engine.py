@@ -24,6 +24,8 @@ from foreload.errors import (
     UnsupportedModelError,
 )
 from foreload.memory.arena import slot_bytes
+from foreload.memory.disk import DiskBackend
+from foreload.memory.throttle import ThrottledBackend
 from foreload.model.hf import load_model
 from foreload.predict.choice import MeasuredChoice
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
@@ -350,7 +352,11 @@ class TestStatistics:
         assert stats["hit_rate"] == engine.metrics.hit_rate
 
     def test_the_timeline_shows_compute_and_disk(self, open_engine: Open) -> None:
-        engine = open_engine(expert_memory="25%")
+        engine = open_engine(
+            expert_memory="25%",
+            # So slow that the model waits, however busy the machine.
+            backend=lambda arena: ThrottledBackend(DiskBackend(arena), 1e6),
+        )
         engine.timeline.is_on = True
         engine.generate(PROMPT, max_new_tokens=4)
         assert {"compute", "disk", "stall"} == {span.lane for span in engine.timeline.spans}

@@ -34,6 +34,7 @@ def test_options_reach_the_suite(
     result = call(
         *("bench", "some/model", "--arms", "lru, auto", "--budgets", "25,50%"),
         *("--contexts", "100, 900", "--trials", "2", "--no-stock", "--output", tmp_path / "out"),
+        *("--decode-tokens", "160"),
     )
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "| arm | TPOT |\n"
@@ -45,6 +46,7 @@ def test_options_reach_the_suite(
     assert options.budgets == (0.25, 0.5)
     assert options.contexts == (100, 900)
     assert options.num_trials == 2
+    assert options.num_decode_tokens == 160
     assert options.with_stock is False
     assert options.output == tmp_path / "out"
 

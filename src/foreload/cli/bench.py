@@ -38,6 +38,9 @@ StockOption = Annotated[
         help="Run transformers itself as well; needs memory for all experts.",
     ),
 ]
+DecodeTokensOption = Annotated[
+    int, typer.Option(help="Tokens to decode in each run, behind the prompt.", min=2)
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option(help="Folder for samples, table and figures.", file_okay=False),
@@ -64,6 +67,7 @@ def bench(
     arms: ArmsOption = None,
     budgets: BudgetsOption = None,
     contexts: ContextsOption = None,
+    decode_tokens: DecodeTokensOption = 64,
     trials: TrialsOption = 5,
     text: TextOption = None,
     stock: StockOption = True,
@@ -94,6 +98,7 @@ def bench(
         budgets=shares,
         contexts=lengths,
         num_trials=trials,
+        num_decode_tokens=decode_tokens,
         with_stock=stock,
         output=output,
         link_bytes_s=link,

@@ -21,22 +21,21 @@ __all__ = [
 ]
 
 _FIRST_CAPACITY = 256
+_LONGEST_TRIAL = 64
 
 
 def make_kv_cache(model: Any) -> DynamicCache:
     """Make a cache for one sequence (or batch) of a transformers model.
 
-    Full-attention layers grow by doubling; layers that are bounded anyway (sliding windows,
-    linear attention) stay transformers' own. Cropping and reordering work as in `DynamicCache`.
+    Full-attention layers grow by doubling, sliding windows stay within sight of the mask; others
+    (linear attention) stay transformers' own. Cropping and reordering work as in `DynamicCache`.
     A model that brings a cache class of its own gets that, as it accepts no other.
     """
     own = _own_cache_class(type(model))
     if own is not None:
         return own()
     cache = DynamicCache(config=model.config)
-    cache.layers = [
-        _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    cache.layers = [_own_layer(layer) for layer in cache.layers]
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = _GrowingLayer
     return cache
@@ -57,31 +56,35 @@ def can_rewind(model: Any) -> bool:
     Cost:
         Six small forwards.
     """
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]], device=model.device)
-    caches = [make_kv_cache(model) for _ in range(2)]
-    logits = []
+    wanted = _say(model, make_kv_cache(model), detour=False)
+    cache = make_kv_cache(model)
+    cache.activate_past_recording()
     try:
-        with torch.inference_mode():
-            for cache, detour in zip(caches, (True, False), strict=True):
-                cache.activate_past_recording()
-                pieces = [ids[:, :3], ids[:, 3:5]]
-                if detour:
-                    model(input_ids=pieces[0], past_key_values=cache, use_cache=True)
-                    rewind(cache, 0)
-                    model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True)
-                    rewind(cache, 2)
-                else:
-                    for piece in pieces:
-                        model(input_ids=piece, past_key_values=cache, use_cache=True)
-                        rewind(cache, 0)
-                output = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
-                logits.append(output.logits.float())
-                if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
-                    return False
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        found = _say(model, cache, detour=True)
+    except (NotImplementedError, RuntimeError, ValueError):
+        # A layer refused to go back, or what it kept does not fit what comes next.
         return False
-    gap = (logits[0] - logits[1]).abs().mean()
-    return bool(gap <= 0.02 * logits[1].std())
+    if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
+        return False
+    gap = (found - wanted).abs().mean()
+    return bool(gap <= 0.02 * wanted.std())
+
+
+def _say(model: Any, cache: Any, *, detour: bool) -> Tensor:
+    """Give the logits of the last two of seven tokens, run in three pieces."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]], device=model.device)
+
+    def run(tokens: Tensor, num_forgotten: int = 0) -> Tensor:
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        if detour:
+            rewind(cache, num_forgotten)
+        logits: Tensor = output.logits.float()
+        return logits
+
+    with torch.inference_mode():
+        run(ids[:, :3])
+        run(ids[:, 3:] if detour else ids[:, 3:5], num_forgotten=2)
+        return run(ids[:, 5:])
 
 
 def make_static_cache(model: Any, num_positions: int) -> Cache | None:
@@ -98,8 +101,10 @@ def make_static_cache(model: Any, num_positions: int) -> Cache | None:
         The cache, or None where a layer keeps anything but keys and values.
     """
     like = make_kv_cache(model)
-    kinds = {type(layer) for layer in getattr(like, "layers", ())}
-    if not kinds or not kinds <= {_GrowingLayer, DynamicSlidingWindowLayer}:
+    kinds = {type(layer) for layer in like.layers}
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    # Chunked attention has windows that do not slide.
+    if not kinds or not kinds <= {_GrowingLayer, _WindowLayer} or "chunked_attention" in types:
         return None
     return Cache(layers=[StaticLayer(num_positions) for _ in like.layers])
 
@@ -124,23 +129,28 @@ def can_be_static(model: Any) -> bool:
     Cost:
         Six small forwards.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    # Beyond a short window, so that what is hidden shows.
-    length = min(window, 64) + 3 if isinstance(window, int) and window > 0 else 8
-    ids = (torch.arange(length, device=model.device) % 7 + 1)[None]
-    logits = []
-    try:
-        with torch.inference_mode():
-            for cache in (make_kv_cache(model), make_static_cache(model, length + 5)):
-                if cache is None:
-                    return False
-                for piece in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
-                    output = model(input_ids=piece, past_key_values=cache, use_cache=True)
-                logits.append(output.logits[:, -1].float())
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    windows = [getattr(layer, "sliding_window", 0) for layer in make_kv_cache(model).layers]
+    # Beyond a short window, so that what must be hidden shows.
+    num_tokens = min(max(windows, default=0), _LONGEST_TRIAL) + 8
+    ids = (torch.arange(num_tokens, device=model.device) % 7 + 1)[None]
+    static = make_static_cache(model, num_tokens + 5)
+    if static is None:
         return False
-    gap = (logits[0] - logits[1]).abs().mean()
-    return bool(gap <= 0.02 * logits[0].std())
+    try:
+        wanted, found = (_run_pieces(model, ids, c) for c in (make_kv_cache(model), static))
+    except (NotImplementedError, RuntimeError, ValueError):
+        return False
+    gap = (found - wanted).abs().mean()
+    return bool(gap <= 0.02 * wanted.std())
+
+
+def _run_pieces(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Give the last token's logits, when the last two come one by one."""
+    with torch.inference_mode():
+        for piece in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
+            output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+    logits: Tensor = output.logits[:, -1].float()
+    return logits
 
 
 def _own_cache_class(model_class: type) -> type[DynamicCache] | None:
@@ -154,6 +164,31 @@ def _own_cache_class(model_class: type) -> type[DynamicCache] | None:
         ):
             return value
     return None
+
+
+def _own_layer(layer: Any) -> Any:
+    if type(layer) is DynamicLayer:
+        return _GrowingLayer()
+    if type(layer) is DynamicSlidingWindowLayer:
+        return _WindowLayer(sliding_window=layer.sliding_window)
+    return layer
+
+
+class _WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """Shows what the mask covers, however many forwards come before the cache goes back.
+
+    transformers 5.17 shows all that was kept for going back.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append and give the keys and values in sight, (B, heads, S, D) each."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.record_past:
+            in_sight = self.sliding_window - 1 + key_states.shape[-2]
+            keys, values = keys[..., -in_sight:, :], values[..., -in_sight:, :]
+        return keys, values
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
