@@ -44,6 +44,7 @@ def assign_slots(
     max_fetches,
     min_age,
     IS_PREFETCH: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -63,7 +64,7 @@ def assign_slots(
 
     first = tl.full([BLOCK_E], _NEVER, tl.int64)
     is_taken = tl.zeros([BLOCK_S], tl.int32)
-    for start in range(0, num_tokens * top_k, CHUNK):
+    for start in range(0, BLOCK_I, CHUNK):
         number = start + tl.arange(0, CHUNK)
         place = number % num_tokens * top_k + number // num_tokens
         some = tl.load(ids + place, mask=number < num_tokens * top_k, other=-1).to(tl.int32)
@@ -87,7 +88,7 @@ def assign_slots(
         tl.store(firsts + expert, miss_key, mask=expert < num_table_experts)
     tl.debug_barrier()
     rank = tl.zeros([BLOCK_S], tl.int32)
-    for start in range(0, num_slots, CHUNK):
+    for start in range(0, BLOCK_S, CHUNK):
         other = start + tl.arange(0, CHUNK)
         other_key = tl.load(keys + other, mask=other < num_slots, other=_NEVER)
         is_before = (other_key[None, :] < key[:, None]) | (
@@ -99,7 +100,7 @@ def assign_slots(
     num_misses = tl.sum(is_miss.to(tl.int32), 0)
     if IS_PREFETCH:
         miss_rank = tl.zeros([BLOCK_E], tl.int32)
-        for start in range(0, num_table_experts, CHUNK):
+        for start in range(0, BLOCK_E, CHUNK):
             other = start + tl.arange(0, CHUNK)
             other_key = tl.load(firsts + other, mask=other < num_table_experts, other=_NEVER)
             miss_rank += tl.sum((other_key[None, :] < first[:, None]).to(tl.int32), 1)
@@ -546,9 +547,9 @@ def sum_experts(
     work_expert,
     result,
     num_tokens,
-    length,
     top_k,
     num_columns,
+    LENGTH: tl.constexpr,
     PRODUCT: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -564,7 +565,7 @@ def sum_experts(
     chosen = tl.load(ids + token * top_k + position, mask=position < top_k, other=-1).to(tl.int32)
     weight = tl.load(weights + token * top_k + position, mask=position < top_k, other=0)
     total = tl.zeros([BLOCK_H], tl.float32)
-    for place in range(0, length):
+    for place in range(0, LENGTH):
         expert = tl.load(work_expert + place)
         is_chosen = (chosen == expert) & (expert >= 0)
         # What an unrouted token got may be anything, NaN too: it is not read.
@@ -585,23 +586,24 @@ def copy_blocks(
     work_is_hit,
     slots_address,
     host_address,
-    block_bytes,
-    length,
+    BLOCK_BYTES: tl.constexpr,
+    LENGTH: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Copy the blocks of a work list's misses to their slots, in pieces of `BLOCK` words.
 
     Grid: as few programs as keep the bus busy; each takes every n-th piece of every block.
     """
-    num_words = block_bytes // 4
-    for place in range(0, length):
+    num_words: tl.constexpr = BLOCK_BYTES // 4
+    for place in range(0, LENGTH):
         expert = tl.load(work_expert + place)
         if (expert >= 0) & (tl.load(work_is_hit + place) == 0):
-            source = host_address + expert.to(tl.int64) * block_bytes
-            target = slots_address + tl.load(work_slot + place).to(tl.int64) * block_bytes
+            source = host_address + expert.to(tl.int64) * BLOCK_BYTES
+            target = slots_address + tl.load(work_slot + place).to(tl.int64) * BLOCK_BYTES
             read = tl.multiple_of(source.to(tl.pointer_type(tl.int32)), 16)
             write = tl.multiple_of(target.to(tl.pointer_type(tl.int32)), 16)
-            for start in range(tl.program_id(0) * BLOCK, num_words, tl.num_programs(0) * BLOCK):
-                word = start + tl.arange(0, BLOCK)
+            for start in range(0, num_words, NUM_PROGRAMS * BLOCK):
+                word = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
                 values = tl.load(read + word, mask=word < num_words, other=0)
                 tl.store(write + word, values, mask=word < num_words)
