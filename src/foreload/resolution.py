@@ -7,13 +7,14 @@ ask for is found, or built. Keeps nothing.
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from foreload.config import EngineConfig, parse_size
-from foreload.errors import CapacityError, UnsupportedModelError
+from foreload.errors import CapacityError, MissingExtraError, UnsupportedModelError
 from foreload.memory import cuda
 from foreload.memory.arena import slot_bytes
 from foreload.model.device_plan import block_bytes, device_layouts, kv_bytes_per_token
@@ -98,6 +99,7 @@ def resolve(
 
     Raises:
         ConfigError: There is no such CUDA device.
+        MissingExtraError: A CUDA device was asked for, and there is no triton.
         CapacityError: The expert memory is below what one layer and the draft need, or above the
             machine's; or experts do not fit into the host memory that a device fetches from.
         UnsupportedModelError: A device cannot manage these experts, and was asked to.
@@ -111,7 +113,7 @@ def resolve(
         else:
             try:
                 return _resolve_device(config, loaded)
-            except (CapacityError, UnsupportedModelError) as error:
+            except (CapacityError, MissingExtraError, UnsupportedModelError) as error:
                 logger.warning("the CUDA device is left alone: %s", error)
     return _resolve_host(config, loaded, cache_dir)
 
@@ -167,6 +169,8 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     device = cuda.find_device(
         "cuda" if wants_cuda else "cpu" if config.device == "auto" else config.device
     )
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise MissingExtraError("triton", "triton")
     spec = loaded.spec
     size = block_bytes(device_layouts(loaded))
     layer_slot = spec.num_moe_layers * size

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from foreload.model.device_runtime import NameExperts
     from foreload.model.graph import ForwardAll, StepGraph
     from foreload.model.hf import LoadedModel
+    from foreload.ops.device_experts import ExpertKernels
     from foreload.ops.reference import SumRule
 
 __all__ = ["DevicePath"]
@@ -101,6 +102,7 @@ class DevicePath:
                 num_slots=[num_slots] * spec.num_moe_layers,
                 sum_rules=sum_rules,
                 device=device,
+                kernels=_make_kernels(device),
                 max_prefetches=spec.top_k,
             )
             self.num_slots = num_slots * spec.num_moe_layers
@@ -155,3 +157,16 @@ class DevicePath:
             on_broken=self.runtime.abandon,
         )
 
+
+def _make_kernels(device: torch.device) -> ExpertKernels | None:
+    """Give what computes on a device; None for the twins in plain torch.
+
+    Raises:
+        MissingExtraError: A CUDA device, and no triton.
+    """
+    if device.type != "cuda":
+        return None
+    # Triton is an extra, and nothing but a CUDA device needs it.
+    from foreload.ops.triton import TritonKernels
+
+    return TritonKernels()
