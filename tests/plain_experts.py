@@ -28,7 +28,9 @@ class PlainExperts:
     has_bias: bool = False
     has_post_expert_norm: bool = False
     act_fn: Callable[[Tensor], Tensor] = field(default=F.silu)
-    post_expert_norm: Callable[[Tensor], Tensor] = field(default=lambda rows: F.rms_norm(rows, rows.shape[-1:]))
+    post_expert_norm: Callable[[Tensor], Tensor] = field(
+        default=lambda rows: F.rms_norm(rows, rows.shape[-1:])
+    )
 
     def split(self, products: Tensor) -> tuple[Tensor, Tensor]:
         if self.is_concatenated:
@@ -61,7 +63,9 @@ KINDS: Mapping[str, PlainExperts] = {
     "transposed": PlainExperts(is_transposed=True),
     "gpt-oss": ClampedExperts(is_transposed=True, is_concatenated=False, has_bias=True),
     "interleaved": PlainExperts(is_concatenated=False, act_fn=F.gelu),
-    "biased": PlainExperts(has_gate=False, has_bias=True, act_fn=lambda x: F.gelu(x, approximate="tanh")),
+    "biased": PlainExperts(
+        has_gate=False, has_bias=True, act_fn=lambda x: F.gelu(x, approximate="tanh")
+    ),
     "unknown": PlainExperts(act_fn=torch.sin),
     "normed": PlainExperts(has_post_expert_norm=True, act_fn=F.relu),
 }

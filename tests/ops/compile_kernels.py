@@ -106,7 +106,9 @@ def describe(ptx: str, capability: int) -> dict[str, Any]:
     }
 
 
-def run(experts: PlainExperts, stored: StoredFormat, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+def run(
+    experts: PlainExperts, stored: StoredFormat, dtype: torch.dtype, sizes: tuple[int, int]
+) -> None:
     """Launch, or rather record, everything that one layer can ask for."""
     layout = expert_layout(experts, shapes_of(experts, *sizes), stored, dtype=dtype)
     # Nothing is read: one byte that pretends to be all experts will do.

@@ -171,9 +171,7 @@ def test_long_inputs_run_from_one_buffer_and_leave_the_slots_alone() -> None:
     experts = KINDS["gpt-oss"]
     layout = lay_out(experts, StoredFormat.FLOAT32, torch.float32, (16, 8))
     host = make_host(experts, layout, (16, 8))
-    device = DeviceExperts(
-        [layout], host, num_slots=[2], sum_rules=[SumRule.HIDDEN], device="cpu"
-    )
+    device = DeviceExperts([layout], host, num_slots=[2], sum_rules=[SumRule.HIDDEN], device="cpu")
     index = torch.randint(0, 7, (50, TOP_K), generator=torch.Generator().manual_seed(3)).tolist()
     routing, hidden = route(index), rows(50)
     weights = [unpack_expert(layout, block) for block in host[0]]

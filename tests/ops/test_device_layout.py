@@ -31,7 +31,9 @@ STEPS = {
 }
 
 
-def lay_out(experts: Any, stored: StoredFormat, sizes: tuple[int, int], **more: Any) -> ExpertLayout:
+def lay_out(
+    experts: Any, stored: StoredFormat, sizes: tuple[int, int], **more: Any
+) -> ExpertLayout:
     dtype = stored.code_dtype if stored.is_plain else torch.float32
     return expert_layout(experts, shapes_of(experts, *sizes), stored, dtype=dtype, **more)
 

@@ -296,9 +296,7 @@ def run_script(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_triton_the_error_says_what_to_install() -> None:
-    done = run_script(
-        "-c", "import sys; sys.modules['triton'] = None; import foreload.ops.triton"
-    )
+    done = run_script("-c", "import sys; sys.modules['triton'] = None; import foreload.ops.triton")
     assert "MissingExtraError" in done.stderr
     assert "pip install 'foreload[triton]'" in done.stderr
 
