@@ -37,6 +37,8 @@ NUM_TRIALS = 7
 
 
 def make_experts() -> Any:
+    """Gives what the experts forward asks of a module."""
+
     def apply_gate(products: Tensor) -> Tensor:
         gate, up = products.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -53,7 +55,7 @@ def make_experts() -> Any:
 
 
 def make_host(layout: ExpertLayout) -> Tensor:
-    """Fill page-locked memory with experts; eight different ones, because packing takes long."""
+    """Fills page-locked memory with experts; eight different ones, because packing takes long."""
     host = torch.empty(1, NUM_EXPERTS, layout.num_bytes, dtype=torch.uint8).pin_memory()
     generator = torch.Generator().manual_seed(0)
     for expert in range(NUM_EXPERTS):
@@ -81,6 +83,7 @@ class Layer:
         self.host = make_host(self.layout)
 
     def slots(self, num_slots: int, kernels: Any, device: str = "cuda") -> DeviceExperts:
+        """Opens empty slots."""
         return DeviceExperts(
             [self.layout],
             self.host,
@@ -93,7 +96,7 @@ class Layer:
 
 
 def inputs(num_tokens: int) -> tuple[Tensor, list[Routing]]:
-    """Give hidden states and, per step, routings that share no expert with the step before."""
+    """Gives hidden states and, per step, routings that share no expert with the step before."""
     generator = torch.Generator().manual_seed(num_tokens)
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16().cuda()
     weights = torch.full((num_tokens, TOP_K), 1 / TOP_K, dtype=torch.bfloat16).cuda()
@@ -105,7 +108,7 @@ def inputs(num_tokens: int) -> tuple[Tensor, list[Routing]]:
 
 
 def time_graph(steps: Callable[[], None], num_steps: int) -> list[float]:
-    """Give seconds per step of each trial."""
+    """Gives seconds per step of each trial."""
     steps()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -114,7 +117,8 @@ def time_graph(steps: Callable[[], None], num_steps: int) -> list[float]:
     return time_events(graph.replay, num_steps)
 
 
-def time_events(call: Callable[[], None], num_steps: int) -> list[float]:
+def time_events(call: Callable[[], Any], num_steps: int) -> list[float]:
+    """Gives seconds per step of each trial of a call that makes so many."""
     call()
     seconds = []
     for _ in range(NUM_TRIALS):
@@ -128,7 +132,7 @@ def time_events(call: Callable[[], None], num_steps: int) -> list[float]:
 
 
 def time_copy(layer: Layer) -> dict[str, Any]:
-    """Time torch's own copy of as many bytes as a token's experts have."""
+    """Times torch's own copy of as many bytes as a token's experts have."""
     source = layer.host[0, :TOP_K]
     target = torch.empty_like(source, device="cuda")
     return rate(
@@ -138,7 +142,7 @@ def time_copy(layer: Layer) -> dict[str, Any]:
 
 
 def time_steps(layer: Layer, num_tokens: int, kernels: Any, *, is_resident: bool) -> dict[str, Any]:
-    """Time steps that miss everything, or nothing."""
+    """Times steps that miss everything, or nothing."""
     device = layer.slots(NUM_EXPERTS if is_resident else num_tokens * TOP_K, kernels)
     hidden, routings = inputs(num_tokens)
 
@@ -158,6 +162,7 @@ def time_steps(layer: Layer, num_tokens: int, kernels: Any, *, is_resident: bool
 
 
 def time_prefetch(layer: Layer, num_programs: int) -> dict[str, Any]:
+    """Times prefetches of a token's experts, none of them there."""
     from foreload.ops.triton import TritonKernels
 
     device = layer.slots(TOP_K, TritonKernels(num_copy_programs=num_programs))
@@ -174,6 +179,7 @@ def time_prefetch(layer: Layer, num_programs: int) -> dict[str, Any]:
 
 
 def rate(seconds: list[float], num_bytes: int) -> dict[str, Any]:
+    """Gives the median, the rate it means, and every trial."""
     median = statistics.median(seconds)
     return {
         "us": median * 1e6,
@@ -183,7 +189,7 @@ def rate(seconds: list[float], num_bytes: int) -> dict[str, Any]:
 
 
 def check(layer: Layer, num_tokens: int, kernels: Any) -> dict[str, float]:
-    """Compare missing and resident experts with the twin on the CPU: largest relative error."""
+    """Compares missing and resident experts with the twin on the CPU: largest relative error."""
     hidden, routings = inputs(num_tokens)
     device = layer.slots(NUM_EXPERTS, kernels)
     twin = layer.slots(NUM_EXPERTS, TwinKernels(), "cpu")
@@ -198,7 +204,7 @@ def check(layer: Layer, num_tokens: int, kernels: Any) -> dict[str, float]:
 
 
 def sweep_tiles(layer: Layer) -> list[dict[str, Any]]:
-    """Time one resident token with other tiles than the chosen ones."""
+    """Times one resident token with other tiles than the chosen ones."""
     from foreload.ops.triton import Tile, TritonKernels
 
     found = []
@@ -211,6 +217,7 @@ def sweep_tiles(layer: Layer) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Checks and times every stored format."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--sweep", action="store_true", help="try other tiles too")

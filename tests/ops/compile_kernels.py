@@ -1,7 +1,7 @@
 """Compiles every kernel for a GPU that need not be there, and prints what became of each as JSON.
 
-Run as a script with `tests` on the path and without Triton's interpreter: launches are recorded, not made. One line per
-variant, with the widest loads and stores of global memory in bits, registers and spills.
+Run as a script with `tests` on the path and without Triton's interpreter: launches are recorded,
+not made. One line per variant, with the widest loads and stores of global memory in bits, registers and spills.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=[stored.value for stored in StoredFormat])
     parser.add_argument("--sizes", nargs=2, type=int, default=[2048, 768])
     arguments = parser.parse_args()
-    names = [name for name in kernels.__all__ if name != "PLAIN"]
+    names = [name for name in kernels.__all__ if name.islower()]
     recorders = {name: Recorder(getattr(kernels, name), arguments.capability) for name in names}
     for name, recorder in recorders.items():
         setattr(kernels, name, recorder)

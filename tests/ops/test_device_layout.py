@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -70,7 +71,7 @@ def test_parts_are_aligned_and_do_not_overlap(stored: StoredFormat) -> None:
     )
     assert len(parts) == (4 if stored.is_plain else 6)
     assert all(start % 256 == 0 for start, _ in spans)
-    for (start, length), (following, _) in zip(spans, spans[1:], strict=False):
+    for (start, length), (following, _) in itertools.pairwise(spans):
         assert start + length <= following
     assert sum(spans[-1]) <= layout.num_bytes
     assert layout.num_bytes % 4096 == 0
@@ -129,7 +130,7 @@ def test_what_cannot_be_laid_out_is_refused_with_the_reason() -> None:
 
     refuse(UnsupportedModelError, "cannot be stored as float16", stored=StoredFormat.FLOAT16)
     refuse(UnsupportedModelError, "cannot compute in", stored=StoredFormat.FP8, dtype=torch.float64)
-    refuse(UnsupportedModelError, "48 columns.* groups of 32", stored=StoredFormat.INT4)
+    refuse(UnsupportedModelError, r"48 columns.*int4 in groups of 32", stored=StoredFormat.INT4)
     refuse(UnsupportedModelError, "groups of 24", stored=StoredFormat.INT8, group=24)
     refuse(UnsupportedModelError, "parameters", shapes={**shapes, "norm": (64,)})
     refuse(UnsupportedModelError, "parameters", experts=replace(experts, has_bias=True))

@@ -111,7 +111,7 @@ def test_layers_have_slots_of_their_own() -> None:
 
 def test_too_few_slots_for_one_step_are_refused_before_anything_changes() -> None:
     tables = make_tables([5], 16)
-    with pytest.raises(ValueError, match="layer 0 has 5 expert slots.*can want 6 at once"):
+    with pytest.raises(ValueError, match=r"layer 0 has 5 expert slots.*can want 6 at once"):
         assign_slots(tables, 0, torch.zeros(3, 2, dtype=torch.int64))
     assert int(tables.clock[0]) == 0
     # No more than there are experts can be wanted.

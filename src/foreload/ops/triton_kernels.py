@@ -9,12 +9,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["PLAIN", "assign_slots", "copy_blocks", "expert_products", "sum_experts"]
+__all__ = [
+    "FP8",
+    "INT4",
+    "INT8",
+    "MXFP4",
+    "PLAIN",
+    "assign_slots",
+    "copy_blocks",
+    "expert_products",
+    "sum_experts",
+]
 
+# How elements are stored; from INT4 on two share a byte.
 PLAIN = tl.constexpr(0)
 INT8 = tl.constexpr(1)
-INT4 = tl.constexpr(2)
-FP8 = tl.constexpr(3)
+FP8 = tl.constexpr(2)
+INT4 = tl.constexpr(3)
 MXFP4 = tl.constexpr(4)
 
 _NEVER = tl.constexpr(2**62)
@@ -307,7 +318,7 @@ def _products(
             )
     else:
         # Three dimensions: rows, groups, and what shares a scale.
-        step: tl.constexpr = 2 if (STORED == INT4 or STORED == MXFP4) else 1
+        step: tl.constexpr = 2 if STORED >= INT4 else 1
         block_g: tl.constexpr = BLOCK_K // GROUP
         width: tl.constexpr = GROUP // step
         num_units: tl.constexpr = NUM_COLUMNS // step
