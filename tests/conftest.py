@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from foreload import Engine
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported: kernels run in its interpreter where there is no GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis_settings.register_profile("foreload", deadline=None, derandomize=True, database=None)
 hypothesis_settings.load_profile("foreload")

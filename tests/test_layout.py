@@ -24,11 +24,16 @@ TESTED_ELSEWHERE = {
     "cli/terminal.py": "tests/cli/test_command.py",
     "cli/verb.py": "tests/cli/test_command.py",
     "evaluate.py": "tests/cli/test_evaluate.py",
+    "ops/triton_kernels.py": "tests/ops/test_triton.py",
     "train_estimator.py": "tests/cli/test_train_estimator.py",
 }
 
 # Modules that stand on an optional dependency as a whole: the package they import.
-NEEDS_EXTRA = {"lm_eval.py": "lm_eval"}
+NEEDS_EXTRA = {
+    "lm_eval.py": "lm_eval",
+    "ops/triton.py": "triton",
+    "ops/triton_kernels.py": "triton",
+}
 
 
 def has_code(path: Path) -> bool:

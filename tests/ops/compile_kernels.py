@@ -1,7 +1,7 @@
 """Compiles every kernel for a GPU that need not be there, and prints what became of each as JSON.
 
-Run as a script and without Triton's interpreter: launches are recorded, not made. One line per
-variant, with the widest loads and stores of global memory in bits, registers and spills.
+Run as a script with `tests` on the path and without Triton's interpreter: launches are recorded,
+not made. One line per variant, with the widest loads and stores of global memory in bits, registers and spills.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
-from torch.nn import functional
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
@@ -29,6 +28,7 @@ from foreload.ops.device_layout import StoredFormat, expert_layout
 from foreload.ops.reference import SumRule
 from foreload.ops.triton import TritonKernels
 from foreload.types import Routing
+from plain_experts import KINDS, PlainExperts, shapes_of
 
 TYPES = {
     torch.int32: "*i32",
@@ -86,7 +86,8 @@ def describe(ptx: str, capability: int) -> dict[str, Any]:
         found = re.findall(rf"{operation}\.global[.\w]*?(?:\.v(\d))?\.b(\d+)", ptx)
         return max((int(count or 1) * int(bits) for count, bits in found), default=0)
 
-    copied = max((8 * int(size, 16) for size in re.findall(r"cp\.async.*, 0x([0-9a-f]+),", ptx)), default=0)
+    sizes = re.findall(r"cp\.async.*, 0x([0-9a-f]+),", ptx)
+    copied = max((8 * int(size, 16) for size in sizes), default=0)
     suffix = "a" if capability >= 90 else ""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -105,36 +106,9 @@ def describe(ptx: str, capability: int) -> dict[str, Any]:
     }
 
 
-def make_experts(has_gate: bool, is_transposed: bool, is_concatenated: bool, has_bias: bool) -> Any:
-    def apply_gate(products: torch.Tensor) -> torch.Tensor:
-        parts = products.chunk(2, -1)
-        gate, up = parts if is_concatenated else (products[..., ::2], products[..., 1::2])
-        return functional.silu(gate) * up
-
-    return SimpleNamespace(
-        num_experts=128,
-        has_gate=has_gate,
-        is_transposed=is_transposed,
-        is_concatenated=is_concatenated,
-        has_bias=has_bias,
-        act_fn=functional.silu,
-        _apply_gate=apply_gate,
-    )
-
-
-def shapes_of(experts: Any, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
-    rows = intermediate * (2 if experts.has_gate else 1)
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    matrices = {first: (rows, hidden), "down_proj": (hidden, intermediate)}
-    shapes: dict[str, tuple[int, ...]] = {
-        name: shape[::-1] if experts.is_transposed else shape for name, shape in matrices.items()
-    }
-    if experts.has_bias:
-        shapes |= {f"{name}_bias": (shape[0],) for name, shape in matrices.items()}
-    return shapes
-
-
-def run(experts: Any, stored: StoredFormat, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+def run(
+    experts: PlainExperts, stored: StoredFormat, dtype: torch.dtype, sizes: tuple[int, int]
+) -> None:
     """Launch, or rather record, everything that one layer can ask for."""
     layout = expert_layout(experts, shapes_of(experts, *sizes), stored, dtype=dtype)
     # Nothing is read: one byte that pretends to be all experts will do.
@@ -161,24 +135,19 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=[stored.value for stored in StoredFormat])
     parser.add_argument("--sizes", nargs=2, type=int, default=[2048, 768])
     arguments = parser.parse_args()
-    names = [name for name in kernels.__all__ if name != "PLAIN"]
+    names = [name for name in kernels.__all__ if name.islower()]
     recorders = {name: Recorder(getattr(kernels, name), arguments.capability) for name in names}
     for name, recorder in recorders.items():
         setattr(kernels, name, recorder)
-    layouts = [
-        (True, False, True, False),
-        (False, False, True, False),
-        (True, True, False, True),
-    ]
-    for stored, layout in itertools.product(StoredFormat, layouts):
+    for stored, kind in itertools.product(StoredFormat, ("gated", "ungated", "gpt-oss")):
         if stored.value not in arguments.formats:
             continue
         dtype = stored.code_dtype if stored.is_plain else torch.bfloat16
         known = {name: len(recorder.seen) for name, recorder in recorders.items()}
-        run(make_experts(*layout), stored, dtype, tuple(arguments.sizes))
+        run(replace(KINDS[kind], num_experts=128), stored, dtype, tuple(arguments.sizes))
         for name, recorder in recorders.items():
             for description in list(recorder.seen.values())[known[name] :]:
-                line = {"kernel": name, "stored": stored.value, "layout": layout, **description}
+                line = {"kernel": name, "stored": stored.value, "kind": kind, **description}
                 sys.stdout.write(json.dumps(line) + "\n")
                 sys.stdout.flush()
 

@@ -236,7 +236,8 @@ def expert_layout(
         is_interleaved,
         is_transposed,
         bool(experts.has_bias),
-        *matrices,
+        first=matrices[0],
+        down=matrices[1],
         num_bytes=_padded(at, _BLOCK_ALIGNMENT),
     )
 
@@ -331,10 +332,10 @@ def _matrix_layout(
     if stored is StoredFormat.FP8:
         return replace(matrix, num_parts=num_parts, scale_rows=_FP8_BLOCK, scale_columns=_FP8_BLOCK)
     size = _MXFP4_GROUP if stored is StoredFormat.MXFP4 else group or choose_group(columns)
-    if columns % size or size % 2:
+    if columns % size or size < 2 or size & (size - 1):
         raise UnsupportedModelError(
-            f"{name} has {columns} columns, which are no whole groups of {size}: it cannot be "
-            f"stored as {stored.value}",
+            f"{name} has {columns} columns, which cannot be stored as {stored.value} in groups of "
+            f"{size}: whole groups of a power of two are needed",
             hint="store these experts as bfloat16",
         )
     return replace(matrix, scale_columns=size)
@@ -373,7 +374,8 @@ def _decode(matrix: MatrixLayout, codes: Tensor, scales: Tensor) -> Tensor:
             magnitudes = torch.tensor(_MXFP4_MAGNITUDES, device=codes.device)
             values = torch.cat([magnitudes, -magnitudes])[_split_nibbles(codes).long()]
             powers = torch.pow(2.0, scales.double() - _MXFP4_BIAS)
-            return (values.unflatten(1, (-1, _MXFP4_GROUP)) * powers[..., None]).flatten(1).float()
+            groups = values.view(len(values), -1, _MXFP4_GROUP)
+            return (groups * powers[..., None]).flatten(1).float()
         case StoredFormat.INT4:
             codes = _split_nibbles(codes).to(torch.int8) - 8
     return dequantise(Quantised(codes, scales), matrix.scale_columns)
@@ -391,7 +393,7 @@ def _scale_places(matrix: MatrixLayout) -> Tensor:
 
 
 def _encode_mxfp4(rows: Tensor) -> tuple[Tensor, Tensor]:
-    groups = rows.unflatten(1, (-1, _MXFP4_GROUP))
+    groups = rows.reshape(len(rows), -1, _MXFP4_GROUP)
     # The largest magnitude is 6 = 1.5 * 2 ** 2: two powers below the largest element.
     exponents = (torch.frexp(groups.abs().amax(-1)).exponent - 3).clamp(-126, 127)
     scaled = groups / torch.pow(2.0, exponents)[..., None]

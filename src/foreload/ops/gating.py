@@ -110,7 +110,10 @@ def find_gating(experts: Any) -> Gating | None:
     function = experts._apply_gate if experts.has_gate else experts.act_fn
     arranged = {False: gate[None]}
     if experts.has_gate:
-        arranged = {False: torch.cat([gate, up])[None], True: torch.stack([gate, up], -1).view(1, -1)}
+        arranged = {
+            False: torch.cat([gate, up])[None],
+            True: torch.stack([gate, up], -1).view(1, -1),
+        }
     with torch.no_grad():
         for is_interleaved, products in arranged.items():
             try:

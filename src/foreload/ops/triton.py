@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["Tile", "TritonKernels", "choose_tile"]
 
 _STORED = {
-    StoredFormat.INT8: 1,
-    StoredFormat.INT4: 2,
-    StoredFormat.FP8: 3,
-    StoredFormat.MXFP4: 4,
+    StoredFormat.INT8: kernels.INT8.value,
+    StoredFormat.FP8: kernels.FP8.value,
+    StoredFormat.INT4: kernels.INT4.value,
+    StoredFormat.MXFP4: kernels.MXFP4.value,
 }
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _CHUNK = 32
@@ -305,7 +305,7 @@ def _matrix_constants(layout: ExpertLayout, matrix: MatrixLayout) -> dict[str, A
         "BIAS_OFFSET": matrix.bias_offset,
         "NUM_ROWS": matrix.num_rows,
         "NUM_COLUMNS": matrix.num_columns,
-        "STORED": _STORED.get(stored, 0),
+        "STORED": _STORED.get(stored, kernels.PLAIN.value),
         "CODE": code,
         "DTYPE": _TYPES[layout.dtype],
         "IS_TRANSPOSED": matrix.is_transposed,

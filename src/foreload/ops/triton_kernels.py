@@ -9,12 +9,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["PLAIN", "assign_slots", "copy_blocks", "expert_products", "sum_experts"]
+__all__ = [
+    "FP8",
+    "INT4",
+    "INT8",
+    "MXFP4",
+    "PLAIN",
+    "assign_slots",
+    "copy_blocks",
+    "expert_products",
+    "sum_experts",
+]
 
+# How elements are stored; from INT4 on two share a byte.
 PLAIN = tl.constexpr(0)
 INT8 = tl.constexpr(1)
-INT4 = tl.constexpr(2)
-FP8 = tl.constexpr(3)
+FP8 = tl.constexpr(2)
+INT4 = tl.constexpr(3)
 MXFP4 = tl.constexpr(4)
 
 _NEVER = tl.constexpr(2**62)
@@ -235,7 +246,10 @@ def _add(
     if BLOCK_T == 1:
         column = unit * STEP + SHIFT
         values = tl.load(inputs + column, mask=column < NUM_COLUMNS, other=0)
-        total += weight.to(tl.float32) * tl.expand_dims(values.to(tl.float32), 0)
+        product = weight.to(tl.float32) * tl.expand_dims(values.to(tl.float32), 0)
+        if len(product.shape) == 3:
+            product = tl.sum(product, 2)
+        total += tl.sum(product, 1)[None, :]
     else:
         token = tl.arange(0, BLOCK_T)
         column = (start + tl.arange(0, BLOCK_U)) * STEP + SHIFT
@@ -277,10 +291,7 @@ def _products(
 ):
     """Give inputs (T, K) times rows of a matrix, (T, N) float32, reading each weight once."""
     if STORED == PLAIN:
-        if BLOCK_T == 1:
-            total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        else:
-            total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, NUM_COLUMNS, BLOCK_K):
             unit = start + tl.arange(0, BLOCK_K)
             if IS_TRANSPOSED:
@@ -305,18 +316,13 @@ def _products(
                 BLOCK_N,
                 BLOCK_K,
             )
-        if BLOCK_T == 1:
-            total = tl.sum(total, 1)[None, :]
     else:
         # Three dimensions: rows, groups, and what shares a scale.
-        step: tl.constexpr = 2 if (STORED == INT4 or STORED == MXFP4) else 1
+        step: tl.constexpr = 2 if STORED >= INT4 else 1
         block_g: tl.constexpr = BLOCK_K // GROUP
         width: tl.constexpr = GROUP // step
         num_units: tl.constexpr = NUM_COLUMNS // step
-        if BLOCK_T == 1:
-            total = tl.zeros([BLOCK_N, block_g, width], tl.float32)
-        else:
-            total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, NUM_COLUMNS, BLOCK_K):
             scale = _scales(
                 source,
@@ -385,8 +391,6 @@ def _products(
                     BLOCK_N,
                     BLOCK_K // step,
                 )
-        if BLOCK_T == 1:
-            total = tl.sum(tl.sum(total, 2), 1)[None, :]
     return total
 
 
