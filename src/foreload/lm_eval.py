@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from foreload.config import EngineConfig
 from foreload.engine import Engine
 from foreload.errors import ConfigError, MissingExtraError
 from foreload.evaluate import prefill_exactly

@@ -45,7 +45,7 @@ _MARGIN_BYTES = 1 << 30
 """Left to the rest of the machine by expert_memory="auto", beside the KV cache and workspaces."""
 
 _CONTEXT_TOKENS = 8192
-"""Tokens that expert_memory="auto" leaves room for in a device's KV caches, or the whole context."""
+"""Tokens whose keys and values expert_memory="auto" leaves room for on a device, at most."""
 
 _STREAMED_BLOCKS = 4
 """Blocks on the device through which long inputs stream their experts."""

@@ -118,9 +118,7 @@ def test_texts_are_those_of_the_hosts_loop(
 
 @pytest.mark.parametrize("predictor", ["none", "lookahead", "default-vectors"])
 def test_the_demo_model_writes_the_same(predictor: str, tmp_path: Path) -> None:
-    host, device = open_pair(
-        resolve_model(DEMO), "tight", predictor=predictor, cache_dir=tmp_path
-    )
+    host, device = open_pair(resolve_model(DEMO), "tight", predictor=predictor, cache_dir=tmp_path)
     with host, device:
         assert device.config.predictor == predictor
         for prompt in ("def fibonacci(n):\n", "class Queue:\n    "):

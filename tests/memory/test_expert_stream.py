@@ -30,7 +30,8 @@ def test_a_stream_left_in_the_middle_begins_afresh() -> None:
     next(blocks)
     next(blocks)
     blocks.close()
-    assert [torch.equal(b, host[0, e]) for e, b in zip((6, 7), stream.bring(0, [6, 7]))] == [True] * 2
+    for expert, block in zip((6, 7), stream.bring(0, [6, 7]), strict=True):
+        assert torch.equal(block, host[0, expert])
 
 
 def test_one_block_is_too_few() -> None:

@@ -1,4 +1,4 @@
-"""Steps at fixed addresses: the same logits as any forward, uncaptured and, with a stand-in, captured.
+"""Steps at fixed addresses give what any forward gives, captured (by a stand-in) or not.
 
 No test here needs a CUDA device. The stand-in records the calls a capture makes and undoes what a
 real capture would not have executed.

@@ -27,9 +27,7 @@ class ExpertStream:
         num_blocks: Blocks of the ring, at least 2: one in use, the others on their way.
     """
 
-    def __init__(
-        self, host: torch.Tensor, device: torch.device, *, num_blocks: int = 4
-    ) -> None:
+    def __init__(self, host: torch.Tensor, device: torch.device, *, num_blocks: int = 4) -> None:
         if num_blocks < 2:
             raise ValueError(f"{num_blocks} blocks: one in use and one on its way are the least")
         self._host = host

@@ -132,9 +132,7 @@ class HostArena:
         """
         todo = [(layer, expert) for layer, row in enumerate(plans) for expert in range(len(row))]
         total = sum(plan.read_bytes for row in plans for plan in row)
-        scratch = SlotArena(
-            num_workers, max(slot_bytes(plan) for row in plans for plan in row)
-        )
+        scratch = SlotArena(num_workers, max(slot_bytes(plan) for row in plans for plan in row))
         reader = backend(scratch)
         filler = _Filler(self.blocks, scratch, reader, plans, pack)
         done = 0

@@ -82,9 +82,7 @@ class DevicePath:
         spec = loaded.spec
         layouts = device_layouts(loaded)
         size = block_bytes(layouts)
-        self._host = HostArena(
-            spec.num_moe_layers, spec.num_experts, size, limit_bytes=limit_bytes
-        )
+        self._host = HostArena(spec.num_moe_layers, spec.num_experts, size, limit_bytes=limit_bytes)
         self._steps: StepGraphs | None = None
         try:
             self._host.fill(

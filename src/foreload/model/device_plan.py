@@ -29,9 +29,7 @@ def device_layouts(loaded: LoadedModel) -> list[ExpertLayout]:
     Raises:
         UnsupportedModelError: A layer's experts are not alike, or cannot be laid out.
     """
-    return [
-        _layout(site, plans) for site, plans in zip(loaded.sites, loaded.plans, strict=True)
-    ]
+    return [_layout(site, plans) for site, plans in zip(loaded.sites, loaded.plans, strict=True)]
 
 
 def block_bytes(layouts: list[ExpertLayout]) -> int:

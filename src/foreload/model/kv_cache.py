@@ -1,4 +1,7 @@
-"""KV caches: one that grows by doubling, one at fixed addresses, and what a model can do with them."""
+"""KV caches: one that grows by doubling, one that stays where it is.
+
+What a model can is found out by letting it try.
+"""
 
 from __future__ import annotations
 
