@@ -33,12 +33,15 @@ _TESTS_OF_ONE = 12
 """Tests of one position that weigh as much as what is known of all positions together."""
 _MARGIN = 1.04
 """Another number of draft tokens must promise this much more to be taken."""
-_MARGIN_OVER_PLAIN = 1.08
-"""The same for drafting at all: plain decoding is known best, and rounds were seen to promise
-more than they kept (widened demo, November 2026)."""
+_FIRST_ROUNDS = (0, 4, 0, 8, 0)
+"""What the first rounds draft: both ways, and as far as it goes, lest it be a guess."""
+_PLAIN_EVERY = 6
+"""Rounds from one that drafts nothing to the next, while that promises nearly as much: its single
+token costs little."""
+_NEARLY = 0.8
 _PROBE_EVERY = 20
-_FIRST_ROUNDS = (0, 4, 0, 2)
-"""What the first rounds draft, so that both ways have been measured."""
+_IDLE_PROBES = (20, 160)
+"""Rounds without a draft until one is tried again; doubled, up to the second, while it loses."""
 _PRIOR_ACCEPTANCE = 0.85
 _PRIOR_GROWTH = 0.7
 """Bytes copied grow with tokens verified to this power (small trained model, November 2026)."""
@@ -105,6 +108,7 @@ class Governor:
         self._choice = 0
         self._num_rounds = 0
         self._num_idle = 0
+        self._patience = self._next_probe = _IDLE_PROBES[0]
         self._acceptance = _Average(_PRIOR_ACCEPTANCE, keep=_KEEP_ACCEPTANCE)
         self._acceptance_at = [_Average(keep=_KEEP_ACCEPTANCE) for _ in range(self.most)]
         self._draft_token_s = _Average()
@@ -156,15 +160,12 @@ class Governor:
             return min(_FIRST_ROUNDS[self._num_rounds], most, self.most)
         rates = [self.rate(number) for number in range(self.most + 1)]
         best = max(range(self.most + 1), key=rates.__getitem__)
-        margin = _MARGIN if self._choice else _MARGIN_OVER_PLAIN
-        if rates[best] > margin * rates[self._choice]:
+        if rates[best] > _MARGIN * rates[self._choice]:
             self._choice = best
         elif rates[0] >= rates[self._choice]:
             self._choice = 0
         self._num_idle = 0 if self._choice else self._num_idle + 1
-        if self._num_rounds % _PROBE_EVERY == 0:
-            return min(self._probe(rates), most)
-        return min(self._choice, most)
+        return min(self._probe(rates), most)
 
     def learn(self, report: RoundReport) -> None:
         """Average in what a round has shown."""
@@ -216,12 +217,20 @@ class Governor:
         return points
 
     def _probe(self, rates: Sequence[float]) -> int:
-        """Give a neighbour of the choice to be measured again; from 0, the best there is."""
+        """Give the choice, or in its turn another one to be measured again."""
         if self._choice == 0:
+            if self._num_idle < self._next_probe:
+                return 0
+            self._patience = min(2 * self._patience, _IDLE_PROBES[1])
+            self._next_probe = self._num_idle + self._patience
             return max(range(1, self.most + 1), key=rates.__getitem__)
-        turn = self._num_rounds // _PROBE_EVERY % 3
-        near = (self._choice - 1, self._choice + 1, 0)[turn]
-        return min(near, self.most)
+        self._patience = self._next_probe = _IDLE_PROBES[0]
+        if self._num_rounds % _PROBE_EVERY == 0:
+            turn = self._num_rounds // _PROBE_EVERY % 3
+            near = (self._choice - 1, self._choice + 1, 0)[turn]
+            return min(near, self.most)
+        is_close = rates[0] > _NEARLY * rates[self._choice]
+        return 0 if is_close and self._num_rounds % _PLAIN_EVERY == 0 else self._choice
 
     def _length(self, num_draft_tokens: int) -> float:
         return accept_length([self.acceptance(position) for position in range(num_draft_tokens)])
