@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import interpreted_triton  # noqa: F401 (the zoo imports Triton)
 import zoo
 from fakes import assert_settled, make_engine
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from foreload import Engine
-
-if not torch.cuda.is_available():
-    # Read when Triton is imported: kernels run in its interpreter where there is no GPU.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis_settings.register_profile("foreload", deadline=None, derandomize=True, database=None)
 hypothesis_settings.load_profile("foreload")

@@ -1,7 +1,8 @@
 """Compiles every kernel for a GPU that need not be there, and prints what became of each as JSON.
 
 Run as a script with `tests` on the path and without Triton's interpreter: launches are recorded,
-not made. One line per variant, with the widest loads and stores of global memory in bits, registers and spills.
+not made. One line per variant, with the widest loads and stores of global memory in bits,
+registers and spills.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Pair:
             for expert in range(experts.num_experts):
                 weights = random_weights(experts, *sizes, seed=100 * layer + expert)
                 pack_expert(self.layout, weights, host[layer, expert])
-        slots = [num_slots, num_slots + 1]
+        slots = [num_slots, 6]
 
         def make(host: Tensor, kernels: Any, device: str) -> DeviceExperts:
             return DeviceExperts(

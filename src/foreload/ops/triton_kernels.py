@@ -239,8 +239,9 @@ def _add(
 ):
     """Add what a tile of weights (N, ...) contributes; it holds the columns `unit * STEP + SHIFT`.
 
-    One token is multiplied elementwise and summed at the end: a tile of 16 rows would be mostly
-    empty, and the loads of several tiles would wait for one another.
+    One token is multiplied elementwise: a matrix product of 16 rows would be mostly empty. Each
+    tile is summed at once, which leaves registers for more programs, and so for more loads, at a
+    time: 96 of them instead of 160 for 16 rows of 512 columns.
     """
     weight = weight.to(DTYPE)
     if BLOCK_T == 1:
@@ -290,8 +291,8 @@ def _products(
     BLOCK_K: tl.constexpr,
 ):
     """Give inputs (T, K) times rows of a matrix, (T, N) float32, reading each weight once."""
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if STORED == PLAIN:
-        total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, NUM_COLUMNS, BLOCK_K):
             unit = start + tl.arange(0, BLOCK_K)
             if IS_TRANSPOSED:
@@ -322,7 +323,6 @@ def _products(
         block_g: tl.constexpr = BLOCK_K // GROUP
         width: tl.constexpr = GROUP // step
         num_units: tl.constexpr = NUM_COLUMNS // step
-        total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, NUM_COLUMNS, BLOCK_K):
             scale = _scales(
                 source,
