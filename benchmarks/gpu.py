@@ -62,9 +62,9 @@ def smallest_share(engine: Engine) -> float:
 def equivalence(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compares captured decoding with transformers' resident model, token by token."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import zoo
     from transformers import AutoModelForCausalLM
 
+    import zoo
     from foreload.model.source import resolve_model
 
     rows = []
@@ -91,9 +91,7 @@ def equivalence(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "is_fine": all(row.get("is_fine", False) for row in rows)}
 
 
-def _compare(
-    name: str, path: Path, share: float, ids: list[int], wanted: Tensor
-) -> dict[str, Any]:
+def _compare(name: str, path: Path, share: float, ids: list[int], wanted: Tensor) -> dict[str, Any]:
     """Runs one model with one share of its experts resident."""
     with Engine.from_pretrained(
         path, device="cuda", dtype="float32", expert_memory="100%", predictor="none"
@@ -154,7 +152,7 @@ def replay(arguments: argparse.Namespace) -> dict[str, Any]:
         make_random_checkpoint("qwen3-30b-a3b", model, num_layers=arguments.layers)
     demands = [
         step[: arguments.layers] for step in trace.demands() if len(step) >= arguments.layers
-    ][: NUM_TOKENS]
+    ][:NUM_TOKENS]
     top_k = min(len(experts) for step in demands for experts in step)
     rows = []
     for share in SHARES:

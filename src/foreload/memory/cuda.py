@@ -10,7 +10,7 @@ import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -76,7 +76,8 @@ def page_lock(address: int, num_bytes: int) -> None:
     Raises:
         CapacityError: The driver refused.
     """
-    code = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, _REGISTER_MAPPED))
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(runtime.cudaHostRegister(address, num_bytes, _REGISTER_MAPPED))
     if code != 0:
         raise CapacityError(
             f"the driver refused to lock host memory for the experts (error {code})",
@@ -88,7 +89,8 @@ def page_lock(address: int, num_bytes: int) -> None:
 
 def page_unlock(address: int) -> None:
     """Undo `page_lock` for the range that begins at `address`. CUDA only."""
-    code = int(torch.cuda.cudart().cudaHostUnregister(address))
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(runtime.cudaHostUnregister(address))
     if code != 0:
         logger.warning("the driver refused to unlock host memory (error %d)", code)
 
@@ -137,7 +139,9 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def forked(self) -> Iterator[None]:

@@ -12,8 +12,6 @@ import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-import torch
-
 from foreload.memory import cuda
 from foreload.memory.expert_stream import ExpertStream
 from foreload.memory.host_arena import HostArena
@@ -28,6 +26,8 @@ from foreload.ops.device_layout import pack_expert
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
+
+    import torch
 
     from foreload.metrics import Metrics
     from foreload.model.device_runtime import NameExperts

@@ -10,8 +10,6 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from foreload.memory.cuda import SideStream
 from foreload.ops.device_experts import MAX_TOKENS
 from foreload.ops.device_layout import unpack_expert
@@ -21,6 +19,7 @@ from foreload.types import Routing, RoutingEvent
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from torch import Tensor
 
     from foreload.memory.expert_stream import ExpertStream

@@ -122,7 +122,8 @@ class StepGraph:
     def _capture(self) -> None:
         """Run the step once as it is, so that libraries settle, then capture and replay it."""
         self._wants_capture = False
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             self._outputs = self._step()
