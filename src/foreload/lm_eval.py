@@ -87,7 +87,7 @@ class ForeloadLM(TemplateLM):  # type: ignore[misc]
                 name: "none" if value is None else value for name, value in settings.items()
             }
             given["device"] = device if device in ("auto", "cpu") else "auto"
-            # Prompts are read exactly whatever the policy: only the host's loop knows the difference.
+            # Prompts are read exactly whatever the policy: only the host's loop knows them.
             given.setdefault("orchestration", "host")
             self.engine = Engine.from_pretrained(model, cache_dir=cache_dir, **given)
         if self.engine.tokenizer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from foreload.errors import CapacityError, ConfigError
 from foreload.memory import cuda
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -74,3 +76,48 @@ def test_processors_near_a_device_are_read_from_the_system(
     assert cuda.cpus_near(device, root=tmp_path) is None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
     assert cuda.cpus_near(device, root=tmp_path) is None
+
+
+class TestSideStream:
+    def test_on_the_cpu_there_is_no_beside(self) -> None:
+        side = cuda.SideStream(torch.device("cpu"))
+        done = []
+        with side.forked():
+            done.append("inside")
+        side.join(side.mark())
+        assert done == ["inside"]
+        with cuda.on_device(torch.device("cpu")):
+            pass
+
+    def test_side_work_waits_for_what_was_asked_before_and_is_waited_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log: list[tuple[str, object]] = []
+        device = torch.device("cuda", 0)
+        main = SimpleNamespace(wait_event=lambda event: log.append(("main waits", event)))
+        side = SimpleNamespace(
+            device=device,
+            wait_stream=lambda other: log.append(("side waits", other)),
+            record_event=lambda: "event",
+        )
+
+        @contextmanager
+        def on_stream(stream: object) -> Iterator[None]:
+            log.append(("on", stream))
+            yield
+            log.append(("off", stream))
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+        monkeypatch.setattr(torch.cuda, "stream", on_stream)
+        stream = cuda.SideStream(device)
+        with stream.forked():
+            log.append(("work", None))
+        stream.join(stream.mark())
+        assert log == [
+            ("side waits", main),
+            ("on", side),
+            ("work", None),
+            ("off", side),
+            ("main waits", "event"),
+        ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from foreload.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 __all__ = [
     "SideStream",
@@ -25,6 +26,7 @@ __all__ = [
     "find_device",
     "free_bytes",
     "has_device",
+    "on_device",
     "page_lock",
     "page_unlock",
 ]
@@ -57,6 +59,11 @@ def find_device(name: str) -> torch.device:
             hint="use device='cpu', or install torch's CUDA build and the driver",
         )
     return torch.device("cuda", index)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one inside the block: streams and kernels go to that one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from foreload.memory.cuda import SideStream
+from foreload.memory.cuda import SideStream, on_device
 from foreload.ops.device_experts import MAX_TOKENS
 from foreload.ops.device_layout import unpack_expert
 from foreload.ops.reference import accumulate, expert_forward, group_by_expert
@@ -123,7 +123,7 @@ class DeviceRuntime:
             group them by expert.
         """
         routing = Routing(top_k_index, top_k_weights)
-        with self.lock:
+        with self.lock, on_device(hidden_states.device):
             residual = self._residuals.pop((threading.get_ident(), layer), None)
             self._join(layer)
             if not self._is_step(layer, *top_k_index.shape):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreload.errors import ForeloadError
+from foreload.memory.cuda import on_device
 from foreload.model.kv_cache import clear_static, rewind_static
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class StepGraph:
         """
         if self._is_closed:
             raise ForeloadError("the engine is closed", hint="open a new one")
-        with torch.inference_mode():
+        with torch.inference_mode(), on_device(self._token_ids.device):
             self._token_ids.copy_(torch.tensor([list(token_ids)]))
             if self._graph is not None:
                 self._graph.replay()
