@@ -91,7 +91,7 @@ def assign_slots(
 
     # Rank the slots that may be emptied: empty ones, then the stalest.
     newest = now - min_age if IS_PREFETCH else now
-    is_free = (slot < num_slots) & (is_taken == 0) & (age <= newest)
+    is_free = (slot < num_slots) & (is_taken == 0) & ((age < 0) | (age <= newest))
     key = tl.where(is_free, age, _NEVER)
     tl.store(keys + slot, key, mask=slot < num_slots)
     if IS_PREFETCH:
