@@ -91,7 +91,7 @@ def assign_slots(
 
     # Rank the slots that may be emptied: empty ones, then the stalest.
     newest = now - min_age if IS_PREFETCH else now
-    is_free = (slot < num_slots) & (is_taken == 0) & (age <= newest)
+    is_free = (slot < num_slots) & (is_taken == 0) & ((age < 0) | (age <= newest))
     key = tl.where(is_free, age, _NEVER)
     tl.store(keys + slot, key, mask=slot < num_slots)
     if IS_PREFETCH:
@@ -166,12 +166,27 @@ def assign_slots(
 
 
 @triton.jit
+def _load(source, place, mask, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
+    """Load elements of a block, zeros where there are none."""
+    read = tl.multiple_of((source + OFFSET).to(tl.pointer_type(ELEMENT)), 16)
+    return tl.load(read + place, mask=mask, other=0)
+
+
+@triton.jit
+def _store(target, is_miss, place, mask, values, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
+    """Write what a miss loaded through to the slot.
+
+    Even where nothing is stored this waits for what was loaded, so it comes last.
+    """
+    write = tl.multiple_of((target + OFFSET).to(tl.pointer_type(ELEMENT)), 16)
+    tl.store(write + place, values, mask=mask & is_miss)
+
+
+@triton.jit
 def _read(source, target, is_miss, place, mask, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
     """Load elements of a block and, after a miss, write them through to the slot."""
-    read = tl.multiple_of((source + OFFSET).to(tl.pointer_type(ELEMENT)), 16)
-    write = tl.multiple_of((target + OFFSET).to(tl.pointer_type(ELEMENT)), 16)
-    values = tl.load(read + place, mask=mask, other=0)
-    tl.store(write + place, values, mask=mask & is_miss)
+    values = _load(source, place, mask, OFFSET, ELEMENT)
+    _store(target, is_miss, place, mask, values, OFFSET, ELEMENT)
     return values
 
 
@@ -221,9 +236,7 @@ def _scales(
 
 
 @triton.jit
-def _add(
-    total,
-    weight,
+def _inputs(
     inputs,
     input_stride,
     num_tokens,
@@ -232,25 +245,16 @@ def _add(
     NUM_COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     SHIFT: tl.constexpr,
-    DTYPE: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """Add what a tile of weights (N, ...) contributes; it holds the columns `unit * STEP + SHIFT`.
+    """Load the inputs that meet a tile of weights, whose columns are `unit * STEP + SHIFT`.
 
-    One token is multiplied elementwise: a matrix product of 16 rows would be mostly empty. Each
-    tile is summed at once, which leaves registers for more programs, and so for more loads, at a
-    time: 96 of them instead of 160 for 16 rows of 512 columns.
+    Called before the weights are: the wait for these is short, and within that for those.
     """
-    weight = weight.to(DTYPE)
     if BLOCK_T == 1:
         column = unit * STEP + SHIFT
         values = tl.load(inputs + column, mask=column < NUM_COLUMNS, other=0)
-        product = weight.to(tl.float32) * tl.expand_dims(values.to(tl.float32), 0)
-        if len(product.shape) == 3:
-            product = tl.sum(product, 2)
-        total += tl.sum(product, 1)[None, :]
     else:
         token = tl.arange(0, BLOCK_T)
         column = (start + tl.arange(0, BLOCK_U)) * STEP + SHIFT
@@ -259,6 +263,32 @@ def _add(
             mask=(token < num_tokens)[:, None] & (column < NUM_COLUMNS)[None, :],
             other=0,
         )
+    return values
+
+
+@triton.jit
+def _add(
+    total,
+    weight,
+    values,
+    DTYPE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
+    """Add what a tile of weights (N, ...) contributes.
+
+    One token is multiplied elementwise: a matrix product of 16 rows would be mostly empty. Each
+    tile is summed at once, which leaves registers for more programs, and so for more loads, at a
+    time: 96 of them instead of 160 for 16 rows of 512 columns.
+    """
+    weight = weight.to(DTYPE)
+    if BLOCK_T == 1:
+        product = weight.to(tl.float32) * tl.expand_dims(values.to(tl.float32), 0)
+        if len(product.shape) == 3:
+            product = tl.sum(product, 2)
+        total += tl.sum(product, 1)[None, :]
+    else:
         flat = tl.reshape(weight, (BLOCK_N, BLOCK_U))
         total = tl.dot(values, tl.trans(flat), total, input_precision="ieee")
     return total
@@ -300,30 +330,51 @@ def _products(
             else:
                 place = row[:, None] * NUM_COLUMNS + unit[None, :]
             mask = is_row[:, None] & (unit < NUM_COLUMNS)[None, :]
-            weight = _read(source, target, is_miss, place, mask, OFFSET, CODE)
-            total = _add(
-                total,
-                weight,
-                inputs,
-                input_stride,
-                num_tokens,
-                unit,
-                start,
-                NUM_COLUMNS,
-                1,
-                0,
-                DTYPE,
-                BLOCK_T,
-                BLOCK_N,
-                BLOCK_K,
+            values = _inputs(
+                inputs, input_stride, num_tokens, unit, start, NUM_COLUMNS, 1, 0, BLOCK_T, BLOCK_K
             )
+            weight = _load(source, place, mask, OFFSET, CODE)
+            total = _add(total, weight, values, DTYPE, BLOCK_T, BLOCK_N, BLOCK_K)
+            _store(target, is_miss, place, mask, weight, OFFSET, CODE)
     else:
         # Three dimensions: rows, groups, and what shares a scale.
         step: tl.constexpr = 2 if STORED >= INT4 else 1
         block_g: tl.constexpr = BLOCK_K // GROUP
+        block_u: tl.constexpr = BLOCK_K // step
         width: tl.constexpr = GROUP // step
         num_units: tl.constexpr = NUM_COLUMNS // step
         for start in range(0, NUM_COLUMNS, BLOCK_K):
+            first = start // step
+            group = tl.arange(0, block_g)[:, None] * width
+            unit = first + group + tl.arange(0, width)[None, :]
+            place = row[:, None, None] * num_units + unit[None, :, :]
+            mask = is_row[:, None, None] & (unit < num_units)[None, :, :]
+            values = _inputs(
+                inputs,
+                input_stride,
+                num_tokens,
+                unit,
+                first,
+                NUM_COLUMNS,
+                step,
+                0,
+                BLOCK_T,
+                block_u,
+            )
+            if step == 2:
+                odd_values = _inputs(
+                    inputs,
+                    input_stride,
+                    num_tokens,
+                    unit,
+                    first,
+                    NUM_COLUMNS,
+                    step,
+                    1,
+                    BLOCK_T,
+                    block_u,
+                )
+            codes = _load(source, place, mask, OFFSET, CODE)
             scale = _scales(
                 source,
                 target,
@@ -340,12 +391,6 @@ def _products(
                 GROUP,
                 block_g,
             )[:, :, None]
-            first = start // step
-            group = tl.arange(0, block_g)[:, None] * width
-            unit = first + group + tl.arange(0, width)[None, :]
-            place = row[:, None, None] * num_units + unit[None, :, :]
-            mask = is_row[:, None, None] & (unit < num_units)[None, :, :]
-            codes = _read(source, target, is_miss, place, mask, OFFSET, CODE)
             if STORED == INT8:
                 weight = codes.to(tl.float32) * scale
             elif STORED == FP8:
@@ -354,43 +399,14 @@ def _products(
                 weight = ((codes & 15).to(tl.float32) - 8) * scale
             else:
                 weight = _fp4_value(codes & 15) * scale
-            total = _add(
-                total,
-                weight,
-                inputs,
-                input_stride,
-                num_tokens,
-                unit,
-                first,
-                NUM_COLUMNS,
-                step,
-                0,
-                DTYPE,
-                BLOCK_T,
-                BLOCK_N,
-                BLOCK_K // step,
-            )
+            total = _add(total, weight, values, DTYPE, BLOCK_T, BLOCK_N, block_u)
             if step == 2:
                 if STORED == INT4:
                     odd = ((codes >> 4).to(tl.float32) - 8) * scale
                 else:
                     odd = _fp4_value(codes >> 4) * scale
-                total = _add(
-                    total,
-                    odd,
-                    inputs,
-                    input_stride,
-                    num_tokens,
-                    unit,
-                    first,
-                    NUM_COLUMNS,
-                    step,
-                    1,
-                    DTYPE,
-                    BLOCK_T,
-                    BLOCK_N,
-                    BLOCK_K // step,
-                )
+                total = _add(total, odd, odd_values, DTYPE, BLOCK_T, BLOCK_N, block_u)
+            _store(target, is_miss, place, mask, codes, OFFSET, CODE)
     return total
 
 
