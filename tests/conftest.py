@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import interpreted_triton  # noqa: F401 (the zoo imports Triton)
 import zoo
 from fakes import assert_settled, make_engine
 

@@ -87,6 +87,39 @@ class TestEngineConfig:
             EngineConfig(**{name: "nonsense"})
         assert EngineConfig.CHOICES[name][-1] in str(caught.value.hint)
 
+    def test_devices_are_named_as_torch_names_them(self) -> None:
+        for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
+            assert EngineConfig(device=device).device == device
+        for device in ("gpu", "cuda:", "cuda:x", "CUDA", " cpu", "", None, 0):
+            with pytest.raises(ConfigError, match="device="):
+                EngineConfig(device=device)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("how", [{"orchestration": "device"}, {"device": "cuda"}])
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"policy": "speculate"},
+            {"policy": "speculate-when"},
+            {"draft": "int8"},
+            {"predictor": "estimator"},
+            {"eviction": "least-stale"},
+            {"eviction": "none"},
+        ],
+        ids=str,
+    )
+    def test_what_only_the_host_can_run_is_refused_elsewhere(
+        self, how: dict[str, Any], setting: dict[str, Any]
+    ) -> None:
+        assert EngineConfig(**how).host_only is None
+        (name,) = setting
+        assert name in str(EngineConfig(**setting).host_only)
+        with pytest.raises(ConfigError, match=f"{name}=.*needs the host"):
+            EngineConfig(**how, **setting)
+
+    def test_a_cuda_device_decides_for_itself(self) -> None:
+        with pytest.raises(ConfigError, match="the device itself decides"):
+            EngineConfig(device="cuda:1", orchestration="host")
+
     @pytest.mark.parametrize("name", ["lookahead_layers", "num_workers", "prefill_chunk"])
     @pytest.mark.parametrize("value", [0, -1, 1.5, "2", None])
     def test_counts_are_whole_and_positive(self, name: str, value: Any) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import zoo
 from foreload import resolution
 from foreload.config import EngineConfig
-from foreload.errors import CapacityError, UnsupportedModelError
+from foreload.errors import CapacityError, MissingExtraError, UnsupportedModelError
+from foreload.memory import cuda
+from foreload.model.device_plan import block_bytes, device_layouts, kv_bytes_per_token
 from foreload.model.draft import draft_bytes, draft_folder, has_draft
 from foreload.model.hf import load_model
 from foreload.resolution import least_memory, prepare_draft, resolve, slot_size
@@ -100,3 +104,107 @@ def test_a_model_that_cannot_go_back_has_no_draft(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="cannot go back"):
         prepare_draft(config(draft="int4"), recurrent, cache_dir=tmp_path)
     assert not (tmp_path / "draft").exists()
+
+
+class TestDevice:
+    """What a device that decides for itself is given; the CUDA device is a stand-in."""
+
+    FREE = 10 << 30
+
+    @pytest.fixture
+    def _has_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda, "has_device", lambda: True)
+        monkeypatch.setattr(
+            cuda, "find_device", lambda name: torch.device("cuda:0" if "cuda" in name else "cpu")
+        )
+        monkeypatch.setattr(cuda, "free_bytes", lambda device: self.FREE)
+        monkeypatch.setattr(resolution, "find_spec", lambda name: object())
+
+    def layer_slot(self, loaded: LoadedModel) -> int:
+        return loaded.spec.num_moe_layers * block_bytes(device_layouts(loaded))
+
+    def test_every_layer_has_as_many_slots(self, loaded: LoadedModel) -> None:
+        resolved = resolve(config(device="cpu", orchestration="device"), loaded)
+        slot = self.layer_slot(loaded)
+        assert resolved.expert_memory == int(0.8 * 16) * slot
+        assert resolved.host_memory == 16 * slot
+        assert (resolved.device, resolved.orchestration) == ("cpu", "device")
+        assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
+
+    def test_one_tokens_needs_are_the_least(self, loaded: LoadedModel) -> None:
+        least = loaded.spec.top_k * self.layer_slot(loaded)
+        asked = {"device": "cpu", "orchestration": "device"}
+        assert resolve(config(**asked, expert_memory=least), loaded).expert_memory == least
+        with pytest.raises(CapacityError, match="one token's needs") as caught:
+            resolve(config(**asked, expert_memory=least - 1), loaded)
+        assert caught.value.needed_bytes == least
+
+    def test_more_than_the_machine_has_is_refused(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = 16 * self.layer_slot(loaded)
+        memory = SimpleNamespace(available=whole + (1 << 30) + 4096)
+        monkeypatch.setattr(resolution.psutil, "virtual_memory", lambda: memory)
+        asked = config(device="cpu", orchestration="device", expert_memory="auto")
+        with pytest.raises(CapacityError, match="one token's needs"):
+            resolve(asked, loaded)
+        memory.available = whole
+        with pytest.raises(CapacityError, match="do not all fit") as caught:
+            resolve(asked, loaded)
+        assert caught.value.setting == "host_memory"
+        memory.available = 2 * whole - 4096
+        with pytest.raises(CapacityError, match="less free memory") as caught:
+            resolve(asked.with_values(expert_memory="100%", host_memory="100%"), loaded)
+        assert caught.value.setting == "expert_memory"
+
+    def test_host_memory_is_a_ceiling(self, loaded: LoadedModel) -> None:
+        asked = config(device="cpu", orchestration="device")
+        resolve(asked.with_values(host_memory="100%"), loaded)
+        with pytest.raises(CapacityError, match="do not all fit"):
+            resolve(asked.with_values(host_memory="99%"), loaded)
+
+    @pytest.mark.usefixtures("_has_cuda")
+    def test_auto_takes_the_cuda_device_and_what_it_has_to_spare(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slot = self.layer_slot(loaded)
+        resolved = resolve(config(expert_memory="auto"), loaded)
+        assert (resolved.device, resolved.orchestration) == ("cuda:0", "device")
+        assert resolved.expert_memory == 16 * slot
+        kept = loaded.spec.dense_bytes + 4 * block_bytes(device_layouts(loaded)) + (1 << 30)
+        kept += 512 * kv_bytes_per_token(loaded)
+        monkeypatch.setattr(cuda, "free_bytes", lambda device: kept + 5 * slot + 1)
+        assert resolve(config(expert_memory="auto"), loaded).expert_memory == 5 * slot
+
+    @pytest.mark.usefixtures("_has_cuda")
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"policy": "speculate"},
+            {"draft": "int4"},
+            {"orchestration": "host"},
+            {"device": "cpu"},
+            {"host_memory": 4096},
+        ],
+        ids=str,
+    )
+    def test_auto_leaves_it_alone_where_these_settings_do_not_run(
+        self, loaded: LoadedModel, setting: dict[str, Any]
+    ) -> None:
+        resolved = resolve(config(**setting), loaded)
+        assert (resolved.device, resolved.orchestration) == ("cpu", "host")
+
+    @pytest.mark.usefixtures("_has_cuda")
+    def test_a_cuda_device_that_was_asked_for_is_not_quietly_left_alone(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(CapacityError, match="do not all fit"):
+            resolve(config(device="cuda", host_memory=4096), loaded)
+        monkeypatch.setattr(resolution, "find_spec", lambda name: None)
+        with pytest.raises(MissingExtraError, match="triton"):
+            resolve(config(device="cuda"), loaded)
+        assert resolve(config(), loaded).device == "cpu"
+
+    def test_without_a_cuda_device_auto_is_the_host(self, loaded: LoadedModel) -> None:
+        resolved = resolve(config(), loaded)
+        assert (resolved.device, resolved.orchestration) == ("cpu", "host")

@@ -31,6 +31,7 @@ _UNITS = {
     "t": 2**40,
 }
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 _PERCENT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*%\s*")
 
 
@@ -75,10 +76,16 @@ class EngineConfig:
 
     Attributes:
         model: Local directory, Hub name, or "demo".
-        device: "auto" or "cpu".
+        device: Where the model computes: "auto", "cpu", "cuda" or "cuda:1". "auto" is a CUDA device
+            where there is one that these settings run on.
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
         expert_memory: Hard ceiling of the device tier for experts: "auto", a size, or a percentage
             of all experts' bytes.
+        host_memory: Ceiling of the host tier, from which a device fetches experts for itself:
+            "auto", what the machine has to spare, a size, or a percentage of all experts' bytes.
+        orchestration: Who decides which experts are in the device tier: "host", a loop that reads
+            experts from disk, "device", tables on the device itself, all experts being in host
+            memory, or "auto": "device" on a CUDA device.
         predictor: "none", "lookahead", "default-vectors", "estimator", or "auto": the best of
             these by recall, measured as text is generated. Prefetching switches itself off while it
             loses.
@@ -101,6 +108,8 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     expert_memory: str | int = "auto"
+    host_memory: str | int = "auto"
+    orchestration: str = "auto"
     predictor: str = "auto"
     lookahead_layers: int = 2
     eviction: str = "history"
@@ -112,10 +121,10 @@ class EngineConfig:
     num_draft_tokens: str | int = "auto"
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "device": ("auto", "cpu"),
         "dtype": ("auto", "bfloat16", "float16", "float32"),
         "predictor": ("auto", "none", "lookahead", "default-vectors", "estimator"),
         "policy": ("exact", "speculate", "speculate-when"),
+        "orchestration": ("auto", "host", "device"),
         "eviction": ("history", "next-use", "lru", "lfu", "least-stale", "none"),
         "draft": ("none", "auto", "int4", "int8"),
     }
@@ -126,6 +135,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is unknown", hint=f"use {', '.join(choices)}")
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise ConfigError(
+                f"device={self.device!r} is unknown", hint="use auto, cpu, cuda, or cuda:1"
+            )
         for name in ("lookahead_layers", "num_workers", "prefill_chunk"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -140,8 +153,10 @@ class EngineConfig:
                 hint="use predictor='auto'",
             )
         self._check_draft()
-        if self.expert_memory != "auto":
-            parse_size(self.expert_memory, whole_bytes=1 << 40, setting="expert_memory")
+        self._check_orchestration()
+        for name in ("expert_memory", "host_memory"):
+            if getattr(self, name) != "auto":
+                parse_size(getattr(self, name), whole_bytes=1 << 40, setting=name)
 
     def _check_draft(self) -> None:
         tokens = self.num_draft_tokens
@@ -164,6 +179,35 @@ class EngineConfig:
                 f"a draft is verified by the exact model, and policy={self.policy!r} is not exact",
                 hint="use policy='exact', or draft='none'",
             )
+
+    def _check_orchestration(self) -> None:
+        if self.device.startswith("cuda") and self.orchestration == "host":
+            raise ConfigError(
+                f"device={self.device!r}: on a CUDA device the device itself decides about experts",
+                hint="use orchestration='device', or device='cpu'",
+            )
+        needs_device = self.device.startswith("cuda") or self.orchestration == "device"
+        obstacle = self.host_only
+        if needs_device and obstacle is not None:
+            raise ConfigError(
+                f"{obstacle} needs the host to decide about experts",
+                hint="use device='cpu' with orchestration='host', or leave it out",
+            )
+
+    @property
+    def host_only(self) -> str | None:
+        """Name a setting that only orchestration="host" can run; None where there is none."""
+        device_can = {
+            "policy": ("exact",),
+            "draft": ("none", "auto"),
+            "predictor": ("auto", "none", "lookahead", "default-vectors"),
+            # The default stands for no wish: the tables on the device know one rule.
+            "eviction": ("history", "lru"),
+        }
+        for name, choices in device_can.items():
+            if getattr(self, name) not in choices:
+                return f"{name}={getattr(self, name)!r}"
+        return None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

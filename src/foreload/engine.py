@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,14 @@ from foreload.decode.prompt import encode_prompt
 from foreload.decode.text import Detokenizer
 from foreload.errors import ConfigError, ForeloadError, UnsupportedModelError
 from foreload.memory.arena import SlotArena
+from foreload.memory.cuda import find_device
 from foreload.memory.disk import DiskBackend
 from foreload.memory.eviction import make_eviction
 from foreload.memory.tiers import ExpertTiers
 from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, Timeline
+from foreload.model.device_path import DevicePath
+from foreload.model.device_plan import block_bytes, device_layouts
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.kv_cache import make_kv_cache, rewind
 from foreload.model.runtime import ExpertRuntime
@@ -50,6 +54,7 @@ from foreload.schedule.prefetch import PrefetchSwitch, most_prefetches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from torch import Tensor
@@ -58,6 +63,7 @@ if TYPE_CHECKING:
     from foreload.memory.transfer import CopyBackend
     from foreload.metrics import RequestStats
     from foreload.model.draft import DraftExperts
+    from foreload.model.graph import StepGraph
     from foreload.model.hf import LoadedModel
     from foreload.model.sites import MoeSite
     from foreload.predict.estimator import LayerNetwork
@@ -140,9 +146,10 @@ class Engine:
         predictor: Predictor | None = None,
         draft: DraftExperts | None = None,
         is_draft_optional: bool = False,
+        host_progress: Callable[[int, int], None] | None = None,
         backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
     ) -> None:
-        if draft is None:
+        if draft is None and config.orchestration != "device":
             draft = prepare_draft(config, loaded, cache_dir=cache_dir)
         self.config = config
         self.spec: ModelSpec = loaded.spec
@@ -155,43 +162,17 @@ class Engine:
         self._cancelled = threading.Event()
         self._closed = False
         self._handles: list[Any] = []
-        size = slot_size(loaded.plans)
-        # Slots beyond those in use cost nothing: they become the draft's heirs if it is let go of.
-        self._arena = SlotArena(int(config.expert_memory) // size, size)
         self._is_draft_optional = is_draft_optional
-        taken = 0 if draft is None else draft.num_bytes
-        spec = self.spec
-        self.tiers = ExpertTiers(
-            self._arena,
-            loaded.plans,
-            TransferEngine(backend(self._arena), num_workers=config.num_workers),
-            make_eviction(config.eviction, spec.num_moe_layers, spec.num_experts),
-            self.metrics,
-            self.timeline,
-            keep=config.eviction != "none",
-            num_slots=(int(config.expert_memory) - taken) // size,
-        )
+        self._arena: SlotArena | None = None
+        self._tiers: ExpertTiers | None = None
+        self._runtime: ExpertRuntime | None = None
+        self._device: DevicePath | None = None
         self.drafter: SelfDraft | None = None
         try:
-            switch = None
-            if predictor is None and config.predictor != "none":
-                predictor, switch = self._make_predictor(), PrefetchSwitch()
-                self.config = config.with_values(predictor=predictor.name)
-            self.runtime = ExpertRuntime(
-                self.tiers,
-                self.metrics,
-                self.timeline,
-                sum_rules=find_sum_rules(loaded.sites, self.model.dtype),
-                predictor=predictor,
-                max_prefetches=most_prefetches(self.tiers.num_slots, spec.top_k),
-                switch=switch,
-            )
-            attach(loaded.sites, self.runtime.run_layer)
-            if predictor is not None:
-                self._watch_residuals()
-            self.runtime.policy = self._make_policy()
-            if draft is not None:
-                self.drafter = self._make_drafter(draft)
+            if config.orchestration == "device":
+                self._open_device_path(host_progress)
+            else:
+                self._open_host_path(predictor, draft, backend)
         except BaseException:
             self.close()
             raise
@@ -203,6 +184,7 @@ class Engine:
         *,
         progress: Callable[[int, int], None] | None = None,
         draft_progress: Callable[[int, int], None] | None = None,
+        host_progress: Callable[[int, int], None] | None = None,
         cache_dir: str | Path | None = None,
         **settings: Any,
     ) -> Engine:
@@ -212,6 +194,8 @@ class Engine:
             model: Local directory, Hub name, or "demo".
             progress: Called with (done, total) bytes while dense weights load.
             draft_progress: Called with (done, total) bytes while a draft is built.
+            host_progress: Called with (done, total) bytes while experts are read into host memory,
+                where a device fetches them from there.
             cache_dir: Where calibrations, estimators and drafts are kept; by default the user's
                 cache directory.
             **settings: Fields of `EngineConfig`, such as `expert_memory="25%"`.
@@ -220,9 +204,11 @@ class Engine:
             ConfigError: A setting is unknown or makes no sense.
             CheckpointError: The checkpoint is missing, damaged or incomplete.
             UnsupportedModelError: foreload cannot run this architecture or quantisation.
-            CapacityError: The expert memory is below one layer's needs.
+            CapacityError: The expert memory is below one layer's needs, or host memory below what
+                a device fetches from.
         """
         config = EngineConfig.from_dict({"model": str(model), **settings})
+        find_device("cpu" if config.device == "auto" else config.device)
         directory = resolve_model(config.model)
         loaded = load_model(directory, dtype=config.dtype, progress=progress)
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -235,6 +221,7 @@ class Engine:
             cache_dir=folder,
             draft=draft,
             is_draft_optional=config.draft == "auto",
+            host_progress=host_progress,
         )
 
     def generate(self, prompt: Prompt, **sampling: Any) -> GenerationResult:
@@ -296,8 +283,12 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         detach(self._loaded.sites)
-        self.tiers.close()
-        self._arena.release()
+        if self._device is not None:
+            self._device.release()
+        if self._tiers is not None:
+            self._tiers.close()
+        if self._arena is not None:
+            self._arena.release()
 
     def __enter__(self) -> Engine:
         return self
@@ -311,15 +302,45 @@ class Engine:
         self.close()
 
     @property
+    def tiers(self) -> ExpertTiers:
+        """Give the tiers.
+
+        Raises:
+            ConfigError: The device decides about experts: there are none.
+        """
+        if self._tiers is None:
+            raise _host_needed()
+        return self._tiers
+
+    @property
+    def runtime(self) -> ExpertRuntime:
+        """Give what happens at each MoE layer.
+
+        Raises:
+            ConfigError: The device decides about experts: the host sees nothing of it.
+        """
+        if self._runtime is None:
+            raise _host_needed()
+        return self._runtime
+
+    @property
+    def num_slots(self) -> int:
+        """Give how many experts fit into the device tier."""
+        return self.tiers.num_slots if self._device is None else self._device.num_slots
+
+    @property
     def expert_memory_bytes(self) -> int:
         """Give the size of the device tier, a draft included."""
+        if self._device is not None:
+            return self._device.num_bytes
         drafter = self.drafter
         held = 0 if drafter is None or drafter.draft is None else drafter.draft.num_bytes
-        return self.tiers.num_slots * self._arena.slot_bytes + held
+        return self.tiers.num_slots * slot_size(self._loaded.plans) + held
 
     @property
     def stats(self) -> dict[str, Any]:
         """Give the counters since the engine was made, with the derived rates."""
+        self._count()
         metrics = self.metrics
         return {
             "num_steps": metrics.num_steps,
@@ -339,21 +360,22 @@ class Engine:
         }
 
     def forward(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
-        """Run the model on new tokens (1, T); give the last position's logits (V,)."""
+        """Run the model on new tokens (1, T); give the last position's logits (V,), on the CPU."""
         with torch.inference_mode():
             output = self.model(
-                input_ids=token_ids,
+                input_ids=token_ids.to(self.model.device),
                 past_key_values=kv_cache,
                 use_cache=True,
                 **self._last_logits_only,
             )
-            logits: Tensor = output.logits[0, -1]
+            logits: Tensor = output.logits[0, -1].cpu()
             return logits
 
     def forward_all(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
         """Run the model on new tokens (1, T); give the logits behind each of them (T, V)."""
         with torch.inference_mode():
-            output = self.model(input_ids=token_ids, past_key_values=kv_cache, use_cache=True)
+            ids = token_ids.to(self.model.device)
+            output = self.model(input_ids=ids, past_key_values=kv_cache, use_cache=True)
             logits: Tensor = output.logits[0]
             return logits
 
@@ -369,7 +391,8 @@ class Engine:
         if self.drafter is None or self.drafter.draft is None:
             return
         self.drafter.release()
-        self.tiers.grow(self._arena.num_slots - self.tiers.num_slots)
+        most = int(self.config.expert_memory) // slot_size(self._loaded.plans)
+        self.tiers.grow(most - self.tiers.num_slots)
         logger.info("the draft did not pay: its memory holds experts now")
 
     def early_routers(self) -> list[EarlyRouter]:
@@ -412,7 +435,103 @@ class Engine:
                 hook = functools.partial(self._see_router, site)
                 self._handles.append(site.router.register_forward_hook(hook))
 
+    def _open_host_path(
+        self,
+        predictor: Predictor | None,
+        draft: DraftExperts | None,
+        backend: Callable[[SlotArena], CopyBackend],
+    ) -> None:
+        """Build what brings experts from disk, and let it run the MoE layers."""
+        config, loaded, spec = self.config, self._loaded, self.spec
+        size = slot_size(loaded.plans)
+        # Slots beyond those in use cost nothing: they become the draft's heirs if it is let go of.
+        arena = self._arena = SlotArena(int(config.expert_memory) // size, size)
+        taken = 0 if draft is None else draft.num_bytes
+        tiers = self._tiers = ExpertTiers(
+            arena,
+            loaded.plans,
+            TransferEngine(backend(arena), num_workers=config.num_workers),
+            make_eviction(config.eviction, spec.num_moe_layers, spec.num_experts),
+            self.metrics,
+            self.timeline,
+            keep=config.eviction != "none",
+            num_slots=(int(config.expert_memory) - taken) // size,
+        )
+        switch = None
+        if predictor is None and config.predictor != "none":
+            predictor, switch = self._make_predictor(), PrefetchSwitch()
+            self.config = config.with_values(predictor=predictor.name)
+        self._runtime = ExpertRuntime(
+            tiers,
+            self.metrics,
+            self.timeline,
+            sum_rules=find_sum_rules(loaded.sites, self.model.dtype),
+            predictor=predictor,
+            max_prefetches=most_prefetches(tiers.num_slots, spec.top_k),
+            switch=switch,
+        )
+        attach(loaded.sites, self.runtime.run_layer)
+        if predictor is not None:
+            self._watch_residuals(self.runtime.see_residual)
+        self.runtime.policy = self._make_policy()
+        if draft is not None:
+            self.drafter = self._make_drafter(draft)
+
+    def _open_device_path(self, progress: Callable[[int, int], None] | None) -> None:
+        """Build what fetches experts from host memory, and let it run the MoE layers."""
+        config, loaded = self.config, self._loaded
+        device = find_device(config.device)
+        sum_rules = find_sum_rules(loaded.sites, self.model.dtype)
+        self.model.to(device)
+        predictor = self._make_tensor_predictor(device)
+        self.config = config.with_values(predictor="none" if predictor is None else predictor.name)
+        layer_bytes = self.spec.num_moe_layers * block_bytes(device_layouts(loaded))
+        path = self._device = DevicePath(
+            loaded,
+            device,
+            num_slots=int(config.expert_memory) // layer_bytes,
+            sum_rules=sum_rules,
+            forward=self.forward_all,
+            metrics=self.metrics,
+            name_experts=None if predictor is None else predictor.name_experts,
+            num_workers=config.num_workers,
+            limit_bytes=int(config.host_memory),
+            progress=progress,
+        )
+        attach(loaded.sites, path.runtime.run_layer)
+        if predictor is not None:
+            self._watch_residuals(path.runtime.see_residual)
+
+    def _make_tensor_predictor(self, device: torch.device) -> Lookahead | None:
+        """Make a predictor whose guesses stay on the device; "auto" measures nothing there."""
+        wanted, spec = self.config.predictor, self.spec
+        if wanted == "none":
+            return None
+        routers = self.early_routers()
+        path = calibration_path(self.cache_dir, spec.identity)
+        if wanted == "lookahead" or (wanted == "auto" and not path.is_file()):
+            return Lookahead(routers)
+        if not path.is_file():
+            raise self._nothing_made()
+        shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+        vectors = read_default_vectors(path, spec.identity, shape)
+        return DefaultVectors(routers, [vector.to(device) for vector in vectors])
+
+    def _nothing_made(self) -> ConfigError:
+        missing, verb = _MADE_BY[self.config.predictor]
+        return ConfigError(
+            f"predictor={self.config.predictor!r} needs {missing}, and there is none",
+            hint=f"run `foreload {verb} {self.config.model}` first",
+        )
+
+    def _count(self) -> None:
+        """Bring the counters up to date where the device has counted."""
+        if self._device is not None and not self._closed:
+            self._device.runtime.count()
+
     def _prefill(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
+        if self._device is not None:
+            return self.forward(token_ids, kv_cache)
         with self.runtime.prefilling():
             logits = self.forward(token_ids, kv_cache)
         if self.drafter is not None:
@@ -422,7 +541,8 @@ class Engine:
     def _probe(self) -> None:
         sites = self._loaded.sites
         if not any(site.is_predictable for site in sites):
-            probe_sites(self.model, sites, torch.tensor([[1, 2, 3, 4] * 4]))
+            probe = torch.tensor([[1, 2, 3, 4] * 4], device=self.model.device)
+            probe_sites(self.model, sites, probe)
 
     def _make_drafter(self, draft: DraftExperts) -> SelfDraft:
         tokens = self.config.num_draft_tokens
@@ -491,26 +611,17 @@ class Engine:
             return MeasuredChoice(candidates) if len(candidates) > 1 else lookahead
         found = next((c for c in candidates if c.name == self.config.predictor), None)
         if found is None:
-            missing, verb = _MADE_BY[self.config.predictor]
-            raise ConfigError(
-                f"predictor={self.config.predictor!r} needs {missing}, and there is none",
-                hint=f"run `foreload {verb} {self.config.model}` first",
-            )
+            raise self._nothing_made()
         return found
 
-    def _watch_residuals(self) -> None:
+    def _watch_residuals(self, see: Callable[[int, Tensor], None]) -> None:
         self._probe()
         for site in self._loaded.sites:
             module = site.residual_module
             if module is None:
                 continue
-            hook = functools.partial(self._see_residual, site.layer)
+            hook = functools.partial(_see_residual, see, site.layer)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _see_residual(self, layer: int, module: Any, args: Any, kwargs: Any) -> None:
-        residual = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(residual, torch.Tensor):
-            self.runtime.see_residual(layer, residual.reshape(-1, residual.shape[-1]))
 
     def _see_router(self, site: MoeSite, module: Any, args: Any, output: Any) -> None:
         logits = router_logits(site, output)
@@ -544,37 +655,45 @@ class Engine:
         detokenizer, stop = Detokenizer(self.tokenizer), StopText(config.stop)
         drafter = self.drafter
         rounds = drafter.governor.rounds_by_draft if drafter is not None else Counter[int]()
-        clock = RequestClock(self.metrics, rounds, submitted_s, len(prompt_ids))
-        tokens = decode(
-            self.forward,
-            prompt_ids,
-            self.make_request_cache(),
-            config,
-            prefill=self._prefill,
-            prefill_chunk=self.config.prefill_chunk,
-            drafter=drafter,
-            ends=ends,
-            is_cancelled=self._cancelled.is_set,
+        clock = RequestClock(
+            self.metrics, rounds, submitted_s, len(prompt_ids), refresh=self._count
         )
-        finish_reason = "length"
-        for token in tokens:
-            clock.token(is_output=token not in ends)
-            if token in ends:
-                finish_reason = "stop"
-                break
-            text = stop.feed(detokenizer.feed(token))
-            if stop.is_stopped:
+        with self._lend_step(len(prompt_ids) + config.max_new_tokens) as step:
+            tokens = decode(
+                self.forward,
+                prompt_ids,
+                self.make_request_cache() if step is None else step.cache,
+                config,
+                prefill=self._prefill,
+                prefill_chunk=self.config.prefill_chunk,
+                step=step,
+                drafter=drafter,
+                ends=ends,
+                is_cancelled=self._cancelled.is_set,
+            )
+            finish_reason = "length"
+            for token in tokens:
+                clock.token(is_output=token not in ends)
+                if token in ends:
+                    finish_reason = "stop"
+                    break
+                text = stop.feed(detokenizer.feed(token))
+                if stop.is_stopped:
+                    yield Chunk((token,), text)
+                    finish_reason = "stop"
+                    break
                 yield Chunk((token,), text)
-                finish_reason = "stop"
-                break
-            yield Chunk((token,), text)
-            if self._cancelled.is_set():
-                break
-            self._reconsider_draft()
+                if self._cancelled.is_set():
+                    break
+                self._reconsider_draft()
         if self._cancelled.is_set() and finish_reason == "length":
             finish_reason = "cancelled"
         rest = "" if stop.is_stopped else stop.feed(detokenizer.flush()) + stop.flush()
         yield Chunk((), rest, finish_reason, clock.stats(self.expert_memory_bytes))
+
+    def _lend_step(self, num_positions: int) -> AbstractContextManager[StepGraph | None]:
+        """Lend a request a step at fixed addresses; None where it has to do without."""
+        return nullcontext() if self._device is None else self._device.lend_step(num_positions)
 
     def _reconsider_draft(self) -> None:
         """Give the draft's memory to the experts where drafting has long not paid."""
@@ -583,3 +702,19 @@ class Engine:
             return
         if drafter.governor.num_idle_rounds >= _IDLE_ROUNDS:
             self.drop_draft()
+
+
+def _see_residual(
+    see: Callable[[int, Tensor], None], layer: int, module: Any, args: Any, kwargs: Any
+) -> None:
+    """Show the first input of a module as the residual stream (T, H) of a layer."""
+    residual = args[0] if args else kwargs.get("hidden_states")
+    if isinstance(residual, torch.Tensor):
+        see(layer, residual.reshape(-1, residual.shape[-1]))
+
+
+def _host_needed() -> ConfigError:
+    return ConfigError(
+        "this needs the host to decide about experts, and here the device does",
+        hint="use device='cpu' with orchestration='host'",
+    )

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from foreload.config import EngineConfig
 from foreload.engine import Engine
 from foreload.errors import ConfigError, MissingExtraError
 from foreload.evaluate import prefill_exactly
@@ -87,7 +86,9 @@ class ForeloadLM(TemplateLM):  # type: ignore[misc]
             given: dict[str, Any] = {
                 name: "none" if value is None else value for name, value in settings.items()
             }
-            given["device"] = device if device in EngineConfig.CHOICES["device"] else "auto"
+            given["device"] = device if device in ("auto", "cpu") else "auto"
+            # Prompts are read exactly whatever the policy: only the host's loop knows them.
+            given.setdefault("orchestration", "host")
             self.engine = Engine.from_pretrained(model, cache_dir=cache_dir, **given)
         if self.engine.tokenizer is None:
             raise ConfigError("this checkpoint has no tokenizer, and tasks are text")

@@ -7,14 +7,17 @@ ask for is found, or built. Keeps nothing.
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from foreload.config import EngineConfig, parse_size
-from foreload.errors import CapacityError, UnsupportedModelError
+from foreload.errors import CapacityError, MissingExtraError, UnsupportedModelError
+from foreload.memory import cuda
 from foreload.memory.arena import slot_bytes
+from foreload.model.device_plan import block_bytes, device_layouts, kv_bytes_per_token
 from foreload.model.draft import (
     DRAFT_BITS,
     build_draft,
@@ -40,6 +43,12 @@ logger = logging.getLogger(__name__)
 
 _MARGIN_BYTES = 1 << 30
 """Left to the rest of the machine by expert_memory="auto", beside the KV cache and workspaces."""
+
+_CONTEXT_TOKENS = 8192
+"""Tokens whose keys and values expert_memory="auto" leaves room for on a device, at most."""
+
+_STREAMED_BLOCKS = 4
+"""Blocks on the device through which long inputs stream their experts."""
 
 
 def default_cache_dir() -> Path:
@@ -89,9 +98,30 @@ def resolve(
         cache_dir: Where draft="auto" looks for one; nowhere where None.
 
     Raises:
+        ConfigError: There is no such CUDA device.
+        MissingExtraError: A CUDA device was asked for, and there is no triton.
         CapacityError: The expert memory is below what one layer and the draft need, or above the
-            machine's.
+            machine's; or experts do not fit into the host memory that a device fetches from.
+        UnsupportedModelError: A device cannot manage these experts, and was asked to.
     """
+    is_asked = config.device.startswith("cuda") or config.orchestration == "device"
+    if is_asked:
+        return _resolve_device(config, loaded)
+    if config.device == "auto" and config.orchestration == "auto" and cuda.has_device():
+        if config.host_only is not None:
+            logger.info("%s runs on the CPU only", config.host_only)
+        else:
+            try:
+                return _resolve_device(config, loaded)
+            except (CapacityError, MissingExtraError, UnsupportedModelError) as error:
+                logger.warning("the CUDA device is left alone: %s", error)
+    return _resolve_host(config, loaded, cache_dir)
+
+
+def _resolve_host(
+    config: EngineConfig, loaded: LoadedModel, cache_dir: Path | None
+) -> EngineConfig:
+    """Resolve settings for experts that come from disk as the host's loop decides."""
     size = slot_size(loaded.plans)
     whole = size * sum(len(layer) for layer in loaded.plans)
     least = least_memory(loaded)
@@ -125,10 +155,76 @@ def resolve(
         )
     return config.with_values(
         device="cpu",
+        orchestration="host",
         dtype=loaded.spec.dtype,
         expert_memory=(budget - drafted) // size * size + drafted,
         draft=draft,
         num_draft_tokens=config.num_draft_tokens if draft != "none" else "auto",
+    )
+
+
+def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
+    """Resolve settings for experts that lie in host memory, and slots that the device manages."""
+    wants_cuda = config.device == "auto" and cuda.has_device()
+    device = cuda.find_device(
+        "cuda" if wants_cuda else "cpu" if config.device == "auto" else config.device
+    )
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise MissingExtraError("triton", "triton")
+    spec = loaded.spec
+    size = block_bytes(device_layouts(loaded))
+    layer_slot = spec.num_moe_layers * size
+    whole = spec.num_experts * layer_slot
+    available = psutil.virtual_memory().available
+    host = available - _MARGIN_BYTES
+    if config.host_memory != "auto":
+        asked = parse_size(config.host_memory, whole_bytes=whole, setting="host_memory")
+        host = min(available, asked)
+    if whole > host:
+        raise CapacityError(
+            "a device fetches experts from host memory, and they do not all fit there",
+            needed_bytes=whole,
+            available_bytes=max(host, 0),
+            setting="host_memory",
+        )
+    if device.type == "cuda":
+        # The dense weights are not there yet.
+        room = cuda.free_bytes(device) - spec.dense_bytes - _STREAMED_BLOCKS * size
+        context = min(loaded.generation.max_positions or _CONTEXT_TOKENS, _CONTEXT_TOKENS)
+        spare = room - context * kv_bytes_per_token(loaded) - _MARGIN_BYTES
+    else:
+        room = available - whole
+        spare = room - _MARGIN_BYTES
+    if config.expert_memory == "auto":
+        budget = min(whole, spare)
+    else:
+        asked = parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
+        budget = min(whole, asked)
+        if budget > room:
+            raise CapacityError(
+                "the device has less free memory than expert_memory asks for",
+                needed_bytes=budget,
+                available_bytes=max(room, 0),
+                setting="expert_memory",
+            )
+    least = min(spec.top_k, spec.num_experts) * layer_slot
+    if budget < least:
+        raise CapacityError(
+            f"expert_memory is below one token's needs ({spec.top_k} experts in each of "
+            f"{spec.num_moe_layers} layers)",
+            needed_bytes=least,
+            available_bytes=max(budget, 0),
+            setting="expert_memory",
+        )
+    return config.with_values(
+        device=str(device),
+        orchestration="device",
+        dtype=spec.dtype,
+        expert_memory=budget // layer_slot * layer_slot,
+        host_memory=whole,
+        draft="none",
+        num_draft_tokens="auto",
+        eviction="lru",
     )
 
 

@@ -75,6 +75,22 @@ def test_logits_are_equal_bit_for_bit(checkpoint: zoo.TinyCheckpoint, dtype: str
             assert torch.equal(logits, wanted), describe(logits, wanted, step)
 
 
+def test_so_they_are_where_the_device_decides(checkpoint: zoo.TinyCheckpoint) -> None:
+    """Who decides about slots changes nothing; on the CPU, with the twins of the kernels."""
+    expected = list(prefill_and_decode(checkpoint.load_reference(), checkpoint))
+    with Engine.from_pretrained(
+        checkpoint.path,
+        expert_memory="50%",
+        predictor="lookahead",
+        dtype="float32",
+        device="cpu",
+        orchestration="device",
+    ) as engine:
+        actual = prefill_and_decode(engine.model, checkpoint)
+        for step, (logits, wanted) in enumerate(zip(actual, expected, strict=True)):
+            assert torch.equal(logits, wanted), describe(logits, wanted, step)
+
+
 def prefill_and_decode(
     model: PreTrainedModel, checkpoint: zoo.TinyCheckpoint
 ) -> Iterator[torch.Tensor]:

@@ -80,7 +80,8 @@ def run_engine_arm(
     """
     # A draft comes on top of all experts; what no expert needs is not taken.
     memory = "200%" if arm.is_resident else f"{budget * 100:g}%"
-    settings = {"expert_memory": memory, **(arm.settings or {})}
+    # What is compared is watched, and that only the host's loop allows.
+    settings = {"orchestration": "host", "expert_memory": memory, **(arm.settings or {})}
     if arm.is_draft_alone:
         settings["expert_memory"] = least_memory(loaded, settings["draft"])
     config = resolve(EngineConfig.from_dict(settings), loaded)

@@ -177,7 +177,9 @@ def probe_layers(memory_bytes_s: float) -> LayerProbe:
 
 
 def _open_demo(loaded: LoadedModel, memory: str, eviction: str) -> Engine:
-    config = EngineConfig(expert_memory=memory, predictor="none", eviction=eviction)
+    config = EngineConfig(
+        expert_memory=memory, predictor="none", eviction=eviction, orchestration="host"
+    )
     # A predictor from the start has the engine watch what later ones want to see.
     return Engine(
         loaded,

@@ -273,7 +273,8 @@ class _SuiteRun:
         """Tell whether a budget has room for an arm's draft; note it where it has not."""
         if not arm.has_draft or arm.is_resident or arm.is_draft_alone:
             return True
-        settings = {**(arm.settings or {}), "expert_memory": f"{budget * 100:g}%"}
+        memory = f"{budget * 100:g}%"
+        settings = {"orchestration": "host", **(arm.settings or {}), "expert_memory": memory}
         try:
             resolve(EngineConfig.from_dict(settings), self._loaded)
         except CapacityError as error:
@@ -334,7 +335,8 @@ class _SuiteRun:
     ) -> BudgetLimits:
         """Measure the bandwidth and replay the trace under every policy."""
         memory = f"{budget * 100:g}%"
-        config = resolve(EngineConfig(expert_memory=memory, predictor="none"), self._loaded)
+        asked = EngineConfig(expert_memory=memory, predictor="none", orchestration="host")
+        config = resolve(asked, self._loaded)
         with Engine(
             self._loaded,
             None,

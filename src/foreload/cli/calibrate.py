@@ -52,7 +52,7 @@ def calibrate(
     # Sixteen characters per token are more than any text has on average.
     sample = read_text(file, 16 * max_tokens)
     settings = settings.with_values(model=model, predictor="lookahead", lookahead_layers=1)
-    with open_engine(terminal, settings, cache_dir) as engine:
+    with open_engine(terminal, settings, cache_dir, needs_host=True) as engine:
         from foreload import calibrate as calibration
 
         with terminal.progress() as report:

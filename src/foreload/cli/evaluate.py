@@ -56,7 +56,9 @@ def evaluate(
     file = text or find_shipped_text(model, _SHIPPED_TEXT)
     # Sixteen characters per token are more than any text has on average.
     sample = read_text(file, 16 * max_tokens)
-    with open_engine(terminal, settings.with_values(model=model), cache_dir) as engine:
+    with open_engine(
+        terminal, settings.with_values(model=model), cache_dir, needs_host=True
+    ) as engine:
         from foreload import evaluate as evaluation
 
         terminal.note(config_line(engine))

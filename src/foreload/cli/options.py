@@ -36,9 +36,11 @@ __all__ = [
 ]
 
 HELP = {
-    "device": "Where the model computes.",
+    "device": "Where the model computes; auto takes a CUDA device that runs these settings.",
     "dtype": "Element type in memory; auto is the checkpoint's own.",
     "expert_memory": 'Ceiling of the memory for experts: auto, "2GiB", or "25%" of all experts.',
+    "host_memory": "Ceiling of the host tier, from which a device fetches experts for itself.",
+    "orchestration": "Who decides which experts are on the device: the host, or the device.",
     "predictor": "Who guesses the coming experts; auto takes what pays on this machine.",
     "lookahead_layers": "How many MoE layers ahead to guess.",
     "eviction": "Which expert makes room; none keeps no expert after its use.",
@@ -73,7 +75,9 @@ CacheDirOption = Annotated[
 ]
 
 _METAVARS = {
+    "device": "auto|cpu|cuda[:N]",
     "expert_memory": "auto|SIZE|PERCENT",
+    "host_memory": "auto|SIZE|PERCENT",
     "num_draft_tokens": "auto|N",
     "stop": "TEXT",
 }

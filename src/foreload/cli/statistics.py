@@ -18,11 +18,12 @@ __all__ = ["comparison_table", "config_line", "ratios", "statistics_line"]
 def config_line(engine: Engine) -> str:
     """Give the resolved settings in one line."""
     config, spec = engine.config, engine.spec
-    share = engine.tiers.num_slots / (spec.num_moe_layers * spec.num_experts)
-    predictor = engine.runtime.predictor
+    share = engine.num_slots / (spec.num_moe_layers * spec.num_experts)
     guessed_by = config.predictor
-    if predictor is not None and predictor.name != guessed_by:
-        guessed_by = f"{guessed_by} ({predictor.name})"
+    if config.orchestration == "host":
+        predictor = engine.runtime.predictor
+        if predictor is not None and predictor.name != guessed_by:
+            guessed_by = f"{guessed_by} ({predictor.name})"
     policy = config.policy
     if policy == "speculate-when":
         policy = f"{policy} (confidence {config.confidence:g})"

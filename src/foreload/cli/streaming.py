@@ -21,9 +21,24 @@ __all__ = ["cancelling", "open_engine", "stream_answer"]
 
 @contextmanager
 def open_engine(
-    terminal: Terminal, settings: EngineConfig, cache_dir: Path | None
+    terminal: Terminal,
+    settings: EngineConfig,
+    cache_dir: Path | None,
+    *,
+    needs_host: bool = False,
 ) -> Iterator[Engine]:
-    """Open the engine that `settings` describe, and close it after the block."""
+    """Open the engine that `settings` describe, and close it after the block.
+
+    Args:
+        terminal: Where progress is shown.
+        settings: The settings.
+        cache_dir: Where calibrations, estimators and drafts are kept.
+        needs_host: Whether the verb watches routing, which only the host's loop shows: "auto"
+            is that one then.
+    """
+    is_open = settings.orchestration == "auto" and not settings.device.startswith("cuda")
+    if needs_host and is_open:
+        settings = settings.with_values(orchestration="host")
     with terminal.status("Starting"):
         from foreload.engine import Engine
 
@@ -35,6 +50,7 @@ def open_engine(
         engine = Engine.from_pretrained(
             progress=lambda done, total: report("Loading all but the experts", done, total),
             draft_progress=lambda done, total: report("Building the draft", done, total),
+            host_progress=lambda done, total: report("Reading the experts", done, total),
             cache_dir=cache_dir,
             **settings.to_dict(),
         )

@@ -48,7 +48,9 @@ def trace(
     """
     # Sixteen characters per token are more than any text has on average.
     sample = read_text(text or resolve_model(DEMO_NAME) / _SHIPPED_TEXT, 16 * max_tokens)
-    with open_engine(terminal, settings.with_values(model=model), cache_dir) as engine:
+    with open_engine(
+        terminal, settings.with_values(model=model), cache_dir, needs_host=True
+    ) as engine:
         terminal.note(config_line(engine))
         from foreload.recording import record_trace
 

@@ -80,7 +80,7 @@ def train_estimator(
     files = text or [find_shipped_text(model, SHIPPED_TEXT)]
     sample = "\n".join(read_text(file, 16 * max_tokens) for file in files)
     settings = settings.with_values(model=model, predictor="lookahead", lookahead_layers=1)
-    with open_engine(terminal, settings, cache_dir) as engine:
+    with open_engine(terminal, settings, cache_dir, needs_host=True) as engine:
         from foreload import train_estimator as training
 
         with terminal.progress() as report:

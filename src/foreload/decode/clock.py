@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from foreload.metrics import RequestStats
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from foreload.metrics import Metrics
 
 __all__ = ["RequestClock"]
@@ -22,6 +24,8 @@ class RequestClock:
         rounds_by_draft: Rounds so far by tokens drafted; empty without a draft.
         submitted_s: When the request was submitted.
         num_prompt_tokens: Tokens of the prompt.
+        refresh: Brings the counters up to date, where something else counts; called before they
+            are read.
     """
 
     def __init__(
@@ -30,11 +34,15 @@ class RequestClock:
         rounds_by_draft: Counter[int],
         submitted_s: float,
         num_prompt_tokens: int,
+        *,
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
         self._metrics = metrics
+        self._refresh = refresh
         self._rounds = rounds_by_draft
         self._submitted_s = submitted_s
         self._num_prompt_tokens = num_prompt_tokens
+        refresh()
         self._before = metrics.snapshot()
         self._rounds_before = Counter(rounds_by_draft)
         self._after_prefill = self._before
@@ -50,10 +58,12 @@ class RequestClock:
         self._num_tokens += is_output
         if self._num_steps == 1:
             self._first_s = self._last_s
+            self._refresh()
             self._after_prefill = self._metrics.snapshot()
 
     def stats(self, expert_memory_bytes: int) -> RequestStats:
         """Give the request's statistics."""
+        self._refresh()
         request = self._metrics.since(self._before)
         decoded = self._metrics.since(self._after_prefill)
         gaps = self._num_steps - 1

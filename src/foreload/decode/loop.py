@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from foreload.config import SamplingConfig
 
-__all__ = ["Drafter", "Forward", "Round", "StopText", "decode"]
+__all__ = ["Drafter", "Forward", "Round", "Step", "StopText", "decode"]
 
 
 class Forward(Protocol):
@@ -27,6 +27,16 @@ class Forward(Protocol):
 
     def __call__(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
         """Give the last position's logits (V,) for `token_ids` (1, T)."""
+
+
+class Step(Protocol):
+    """Runs the model on one more token of the sequence in a KV cache of its own."""
+
+    def __call__(self, token: int) -> Tensor:
+        """Give the logits (V,) behind `token`."""
+
+    def likeliest(self, token: int) -> int:
+        """Give the likeliest token behind `token`, and run nothing else."""
 
 
 class Round(Protocol):
@@ -67,6 +77,7 @@ def decode(
     *,
     prefill_chunk: int,
     prefill: Forward | None = None,
+    step: Step | None = None,
     drafter: Drafter | None = None,
     ends: Collection[int] = (),
     is_cancelled: Callable[[], bool] = lambda: False,
@@ -80,6 +91,8 @@ def decode(
         config: Sampling settings.
         prefill_chunk: Most prompt tokens per forward.
         prefill: Runs the model on the prompt; `forward` where None.
+        step: Runs the model on single tokens behind the prompt, on the same cache; `forward` where
+            None.
         drafter: Decodes in rounds instead of token by token.
         ends: Tokens behind which nothing is worth drafting.
         is_cancelled: Asked between forwards of the prompt and of a draft; true ends without
@@ -104,8 +117,12 @@ def decode(
         yield from _rounds(drafter, token, kv_cache, config, generator, ends, is_cancelled)
         return
     for _ in range(config.max_new_tokens - 1):
-        logits = forward(torch.tensor([[token]]), kv_cache)
-        token = sample(logits, config, generator)
+        if step is not None and config.temperature == 0:
+            token = step.likeliest(token)
+        else:
+            one = torch.tensor([[token]])
+            logits = forward(one, kv_cache) if step is None else step(token)
+            token = sample(logits, config, generator)
         yield token
 
 

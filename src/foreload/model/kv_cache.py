@@ -1,4 +1,7 @@
-"""A KV cache that grows by doubling, and whether a model's cache can go back."""
+"""KV caches: one that grows by doubling, one that stays where it is.
+
+What a model can is found out by letting it try.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-__all__ = ["can_rewind", "make_kv_cache", "rewind"]
+__all__ = [
+    "can_be_static",
+    "can_rewind",
+    "clear_static",
+    "make_kv_cache",
+    "make_static_cache",
+    "rewind",
+    "rewind_static",
+]
 
 _FIRST_CAPACITY = 256
+_LONGEST_TRIAL = 64
 
 
 def make_kv_cache(model: Any) -> DynamicCache:
@@ -63,7 +75,7 @@ def can_rewind(model: Any) -> bool:
 
 def _say(model: Any, cache: Any, *, detour: bool) -> Tensor:
     """Give the logits of the last two of seven tokens, run in three pieces."""
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]], device=model.device)
 
     def run(tokens: Tensor, num_forgotten: int = 0) -> Tensor:
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
@@ -76,6 +88,72 @@ def _say(model: Any, cache: Any, *, detour: bool) -> Tensor:
         run(ids[:, :3])
         run(ids[:, 3:] if detour else ids[:, 3:5], num_forgotten=2)
         return run(ids[:, 5:])
+
+
+def make_static_cache(model: Any, num_positions: int) -> Cache | None:
+    """Make a cache for one sequence whose buffers never move, as a captured step needs.
+
+    Layers with a sliding window keep all positions too, and leave it to their mask to hide the old
+    ones: how much of a window is full would otherwise be known on the host only.
+
+    Args:
+        model: A transformers model.
+        num_positions: Tokens it has room for.
+
+    Returns:
+        The cache, or None where a layer keeps anything but keys and values.
+    """
+    like = make_kv_cache(model)
+    kinds = {type(layer) for layer in like.layers}
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    # Chunked attention has windows that do not slide.
+    if not kinds or not kinds <= {_GrowingLayer, _WindowLayer} or "chunked_attention" in types:
+        return None
+    return Cache(layers=[StaticLayer(num_positions) for _ in like.layers])
+
+
+def clear_static(cache: Cache) -> None:
+    """Forget every token of a static cache; its buffers stay where they are."""
+    for layer in cache.layers:
+        layer.cumulative_length.zero_()
+
+
+def rewind_static(cache: Cache, num_tokens: int) -> None:
+    """Forget the last `num_tokens` of a static cache; no host sync."""
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(num_tokens)
+
+
+def can_be_static(model: Any) -> bool:
+    """Tell whether a model gives with a static cache what it gives with its own, by trying.
+
+    Experts need not be attached.
+
+    Cost:
+        Six small forwards.
+    """
+    windows = [getattr(layer, "sliding_window", 0) for layer in make_kv_cache(model).layers]
+    # Beyond a short window, so that what must be hidden shows.
+    num_tokens = min(max(windows, default=0), _LONGEST_TRIAL) + 8
+    ids = (torch.arange(num_tokens, device=model.device) % 7 + 1)[None]
+    static = make_static_cache(model, num_tokens + 5)
+    if static is None:
+        return False
+    try:
+        wanted, found = (_run_pieces(model, ids, c) for c in (make_kv_cache(model), static))
+    except (NotImplementedError, RuntimeError, ValueError):
+        return False
+    gap = (found - wanted).abs().mean()
+    return bool(gap <= 0.02 * wanted.std())
+
+
+def _run_pieces(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Give the last token's logits, when the last two come one by one."""
+    with torch.inference_mode():
+        for piece in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
+            output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+    logits: Tensor = output.logits[:, -1].float()
+    return logits
 
 
 def _own_cache_class(model_class: type) -> type[DynamicCache] | None:

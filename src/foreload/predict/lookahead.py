@@ -68,6 +68,17 @@ class Lookahead:
                 predictions.append(make_prediction(output, layer, distance, self._num_extra))
         return predictions
 
+    def name_experts(self, event: RoutingEvent) -> Tensor | None:
+        """Name the next layer's likely experts, (T, K) int64, without waiting for the device.
+
+        None where nothing can be said. Each row is in its router's own order.
+        """
+        layer = event.layer + 1
+        if event.residual is None or layer >= len(self._routers):
+            return None
+        output = self._routers[layer](self.estimate(event))
+        return None if output is None else output.top_k_index
+
     def estimate(self, event: RoutingEvent) -> Tensor:
         """Give the stream that stands for the coming layers' router input, (..., H)."""
         if event.residual is None:

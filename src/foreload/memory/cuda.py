@@ -1,0 +1,170 @@
+"""What the machine's CUDA devices are, and host memory they can read.
+
+The one room, beside the kernels and the captured step, that asks `torch.cuda`. Everything in it
+answers sensibly where there is no such device; what needs one says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from foreload.errors import CapacityError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+__all__ = [
+    "SideStream",
+    "cpus_near",
+    "find_device",
+    "free_bytes",
+    "has_device",
+    "on_device",
+    "page_lock",
+    "page_unlock",
+]
+
+logger = logging.getLogger(__name__)
+
+_REGISTER_MAPPED = 2
+"""cudaHostRegisterMapped: the device gets an address for the memory, equal to the host's."""
+
+
+def has_device() -> bool:
+    """Tell whether there is a CUDA device that this torch can use."""
+    return torch.cuda.is_available()
+
+
+def find_device(name: str) -> torch.device:
+    """Give the device of a setting such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ConfigError: There is no such CUDA device.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    index = int(name.partition(":")[2] or 0)
+    count = torch.cuda.device_count() if has_device() else 0
+    if index >= count:
+        found = f"there are {count} CUDA devices" if count else "no CUDA device can be used here"
+        raise ConfigError(
+            f"device={name!r}: {found}",
+            hint="use device='cpu', or install torch's CUDA build and the driver",
+        )
+    return torch.device("cuda", index)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one inside the block: streams and kernels go to that one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Give the free memory of a CUDA device, what torch holds in reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + reserve)
+
+
+def page_lock(address: int, num_bytes: int) -> None:
+    """Let CUDA devices read a range of host memory in place. CUDA only.
+
+    Args:
+        address: Where it begins, a multiple of the page size.
+        num_bytes: Its length.
+
+    Raises:
+        CapacityError: The driver refused.
+    """
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(runtime.cudaHostRegister(address, num_bytes, _REGISTER_MAPPED))
+    if code != 0:
+        raise CapacityError(
+            f"the driver refused to lock host memory for the experts (error {code})",
+            needed_bytes=num_bytes,
+            available_bytes=0,
+            setting="host_memory",
+        )
+
+
+def page_unlock(address: int) -> None:
+    """Undo `page_lock` for the range that begins at `address`. CUDA only."""
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(runtime.cudaHostUnregister(address))
+    if code != 0:
+        logger.warning("the driver refused to unlock host memory (error %d)", code)
+
+
+def cpus_near(device: torch.device, *, root: Path = Path("/sys")) -> set[int] | None:
+    """Give the processors on the device's own memory node; None where that is not known.
+
+    Args:
+        device: Any device; only CUDA devices have an answer.
+        root: Where the system describes its devices.
+    """
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        domain, bus, slot = (
+            int(getattr(properties, f"pci_{part}_id")) for part in ("domain", "bus", "device")
+        )
+    except AttributeError:
+        return None
+    return _cpus_of_pci(f"{domain:04x}:{bus:02x}:{slot:02x}.0", root)
+
+
+def _cpus_of_pci(address: str, root: Path) -> set[int] | None:
+    """Read the processors near a PCI device that this process may use."""
+    try:
+        node = int((root / "bus/pci/devices" / address / "numa_node").read_text())
+        text = (root / f"devices/system/node/node{node}/cpulist").read_text()
+    except (OSError, ValueError):
+        return None
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            cpus.update(range(int(first), int(last or first) + 1))
+    return cpus & os.sched_getaffinity(0) or None
+
+
+class SideStream:
+    """Work beside the one that is going on, in order with itself.
+
+    On the CPU there is no beside: everything happens where it is asked for.
+
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        """Put what is asked for inside beside what follows, behind all that was asked before."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Mark the work so far, for `join`."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def join(self, mark: torch.cuda.Event | None) -> None:
+        """Let what is asked for from now on wait for marked work; the host does not."""
+        if self._stream is not None and mark is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(mark)

@@ -1,0 +1,77 @@
+"""What the device path asks of a model before anything is allocated: layouts and bytes.
+
+Reads plans and runs dense layers on a few tokens; no expert is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from foreload.errors import UnsupportedModelError
+from foreload.model.kv_cache import make_kv_cache
+from foreload.model.sites import silenced_experts
+from foreload.ops.device_layout import StoredFormat, expert_layout
+
+if TYPE_CHECKING:
+    from foreload.model.hf import LoadedModel
+    from foreload.model.sites import MoeSite
+    from foreload.ops.device_layout import ExpertLayout
+    from foreload.types import ExpertPlan
+
+__all__ = ["block_bytes", "device_layouts", "kv_bytes_per_token"]
+
+
+def device_layouts(loaded: LoadedModel) -> list[ExpertLayout]:
+    """Lay out the experts of every MoE layer, as they are read from the checkpoint.
+
+    Raises:
+        UnsupportedModelError: A layer's experts are not alike, or cannot be laid out.
+    """
+    return [_layout(site, plans) for site, plans in zip(loaded.sites, loaded.plans, strict=True)]
+
+
+def block_bytes(layouts: list[ExpertLayout]) -> int:
+    """Give the bytes of a block that any expert fits into."""
+    return max(layout.num_bytes for layout in layouts)
+
+
+def kv_bytes_per_token(loaded: LoadedModel) -> int:
+    """Give what one more token takes in a KV cache whose layers all keep every token.
+
+    Cost:
+        A forward of one token without experts.
+    """
+    model = loaded.model
+    cache = make_kv_cache(model)
+    token = torch.ones((1, 1), dtype=torch.int64, device=model.device)
+    with silenced_experts(loaded.sites), torch.inference_mode():
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+    kept = [
+        value
+        for layer in getattr(cache, "layers", ())
+        for value in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(value, torch.Tensor)
+    ]
+    return sum(value.numel() * value.element_size() for value in kept)
+
+
+def _layout(site: MoeSite, plans: list[ExpertPlan]) -> ExpertLayout:
+    alike = {tuple((t.name, t.dtype, t.shape) for t in plan.tensors) for plan in plans}
+    matrices = {t.dtype for plan in plans for t in plan.tensors if len(t.shape) == 2}
+    if len(alike) != 1 or len(matrices) != 1:
+        raise UnsupportedModelError(
+            f"the experts of {site.name} are not alike: a device cannot manage their slots",
+            hint="use orchestration='host'",
+        )
+    (dtype,) = matrices
+    try:
+        stored = StoredFormat(dtype)
+    except ValueError:
+        raise UnsupportedModelError(
+            f"the experts of {site.name} are {dtype}, which a device cannot compute with",
+            hint="use dtype='bfloat16'",
+        ) from None
+    shapes = {tensor.name: tensor.shape for tensor in plans[0].tensors}
+    return expert_layout(site.experts, shapes, stored, dtype=stored.code_dtype)

@@ -1,0 +1,203 @@
+"""What happens at one MoE layer where the device decides about its experts.
+
+Called by the model's forward through the experts interface, as `model.runtime` is on the host. A
+single token's step asks the host for nothing, so that it can be captured whole; long inputs, which
+want every expert anyway, stream them past the slots. Only the true router is executed.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from foreload.memory.cuda import SideStream, on_device
+from foreload.ops.device_experts import MAX_TOKENS
+from foreload.ops.device_layout import unpack_expert
+from foreload.ops.reference import accumulate, expert_forward, group_by_expert
+from foreload.types import Routing, RoutingEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from foreload.memory.expert_stream import ExpertStream
+    from foreload.metrics import Metrics
+    from foreload.ops.device_experts import DeviceExperts
+    from foreload.ops.device_layout import ExpertLayout
+    from foreload.ops.reference import SumRule
+
+    NameExperts = Callable[[RoutingEvent], Tensor | None]
+
+__all__ = ["DeviceRuntime"]
+
+
+class _Prefetch(NamedTuple):
+    """A prefetch beside the step, and what it reads: its memory must not be used again before."""
+
+    mark: Any
+    event: RoutingEvent
+
+
+class _Counts(NamedTuple):
+    """What the device has counted, over all layers."""
+
+    steps: int = 0
+    hits: int = 0
+    misses: int = 0
+    prefetched: int = 0
+    used: int = 0
+    wasted: int = 0
+
+
+class DeviceRuntime:
+    """Runs the experts of every MoE layer from slots that the device manages.
+
+    Args:
+        experts: The slots.
+        stream: Brings experts past the slots.
+        layouts: Per MoE layer, how its experts lie in their blocks.
+        sum_rules: Per MoE layer, the element type its experts are summed in.
+        block_bytes: Bytes that travel per expert.
+        metrics: Where steps and lookups are counted, once they are asked for.
+        device: Where the model is.
+        name_experts: Names the next layer's likely experts without a host sync, or None.
+
+    Attributes:
+        lock: Held at every layer: forwards of several threads take turns.
+    """
+
+    def __init__(
+        self,
+        experts: DeviceExperts,
+        stream: ExpertStream,
+        layouts: Sequence[ExpertLayout],
+        sum_rules: Sequence[SumRule],
+        *,
+        block_bytes: int,
+        metrics: Metrics,
+        device: torch.device,
+        name_experts: NameExperts | None = None,
+    ) -> None:
+        self.lock = threading.RLock()
+        self._experts = experts
+        self._stream = stream
+        self._layouts = layouts
+        self._sum_rules = sum_rules
+        self._block_bytes = block_bytes
+        self._metrics = metrics
+        self._name_experts = name_experts
+        self._side = SideStream(device)
+        self._residuals: dict[tuple[int, int], Tensor] = {}
+        self._open: dict[int, _Prefetch] = {}
+        self._counted = _Counts()
+
+    def see_residual(self, layer: int, residual: Tensor) -> None:
+        """Keep the residual stream (T, H) that enters a layer's MoE block, for its prediction."""
+        if self._name_experts is not None and residual.shape[0] == 1:
+            self._residuals[threading.get_ident(), layer] = residual
+
+    def run_layer(
+        self,
+        layer: int,
+        experts: Any,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Compute one MoE layer; the experts function that transformers calls.
+
+        Args:
+            layer: MoE layer.
+            experts: transformers' experts module.
+            hidden_states: (T, H).
+            top_k_index: (T, K) int64.
+            top_k_weights: (T, K), final weights.
+
+        Returns:
+            (T, H); with the twins bit for bit what the host's loop gives.
+
+        Cost:
+            For one token no host sync, with kernels; for more than the slots can serve one, to
+            group them by expert.
+        """
+        routing = Routing(top_k_index, top_k_weights)
+        with self.lock, on_device(hidden_states.device):
+            residual = self._residuals.pop((threading.get_ident(), layer), None)
+            self._join(layer)
+            if not self._is_step(layer, *top_k_index.shape):
+                return self._run_long(layer, experts, hidden_states, routing)
+            if residual is not None:
+                self._prefetch_next(RoutingEvent(0, layer, residual, *routing))
+            return self._experts.run(layer, experts, hidden_states, routing)
+
+    def abandon(self) -> None:
+        """Forget prefetches of a forward that was broken off: nobody waits for them any more."""
+        self._open.clear()
+        self._residuals.clear()
+
+    def count(self) -> None:
+        """Bring the metrics up to date with what the device has counted; waits for the device."""
+        with self.lock:
+            tables = self._experts.tables
+            by_layer = self._experts.read_counters()
+            hits, misses, prefetched, used = (sum(column) for column in zip(*by_layer, strict=True))
+            unseen = int(tables.is_fresh.sum())
+            now = _Counts(
+                int(tables.clock[0]), hits, misses, prefetched, used, prefetched - used - unseen
+            )
+            new = _Counts(*(a - b for a, b in zip(now, self._counted, strict=True)))
+            self._counted = now
+            metrics = self._metrics
+            metrics.num_steps += new.steps
+            metrics.num_hits += new.hits
+            metrics.num_misses += new.misses
+            metrics.demand_bytes += new.misses * self._block_bytes
+            metrics.num_prefetched += new.prefetched
+            metrics.num_prefetched_used += new.used
+            metrics.prefetch_bytes += new.prefetched * self._block_bytes
+            metrics.wasted_bytes += new.wasted * self._block_bytes
+
+    def _is_step(self, layer: int, num_tokens: int, top_k: int) -> bool:
+        """Tell whether the slots can serve a forward, whatever it wants."""
+        tables = self._experts.tables
+        most = min(num_tokens * top_k, tables.num_experts)
+        return num_tokens <= MAX_TOKENS and most <= tables.num_slots[layer]
+
+    def _prefetch_next(self, event: RoutingEvent) -> None:
+        """Bring, beside this layer's computation, what the next one will probably want."""
+        layer = event.layer + 1
+        if self._name_experts is None or layer >= len(self._layouts):
+            return
+        self._join(layer)
+        with self._side.forked():
+            named = self._name_experts(event)
+            if named is not None:
+                self._experts.prefetch(layer, named)
+        self._open[layer] = _Prefetch(self._side.mark(), event)
+
+    def _join(self, layer: int) -> None:
+        prefetch = self._open.pop(layer, None)
+        if prefetch is not None:
+            self._side.join(prefetch.mark)
+
+    def _run_long(
+        self, layer: int, experts: Any, hidden_states: Tensor, routing: Routing
+    ) -> Tensor:
+        """Run experts from the stream, ascending; leave the last token's in the slots."""
+        index, weights = routing
+        groups = group_by_expert(index, experts.num_experts)
+        outputs = {}
+        blocks = self._stream.bring(layer, [group.expert for group in groups])
+        for group, block in zip(groups, blocks, strict=True):
+            parameters = unpack_expert(self._layouts[layer], block)
+            output = expert_forward(experts, hidden_states[group.token], parameters)
+            outputs[group.expert] = output * weights[group.token, group.position, None]
+        metrics = self._metrics
+        metrics.num_steps += layer == 0
+        metrics.num_misses += len(groups)
+        metrics.demand_bytes += len(groups) * self._block_bytes
+        # What comes next resembles the last token more than nothing at all.
+        self._experts.prefetch(layer, index[-1:])
+        return accumulate(hidden_states, weights.dtype, groups, outputs, self._sum_rules[layer])

@@ -1,0 +1,218 @@
+"""One decoding step at fixed addresses, captured as a CUDA graph where there is one to capture.
+
+A step writes its tokens into a static input, runs the whole model on a static KV cache, and leaves
+logits and the likeliest tokens where they always are. Captured, it is one launch, and the host
+decides nothing in it. On the CPU the same function runs uncaptured. Chooses no token beyond the
+likeliest, and keeps no request.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from foreload.errors import ForeloadError
+from foreload.memory.cuda import on_device
+from foreload.model.kv_cache import clear_static, rewind_static
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    ForwardAll = Callable[[Tensor, Any], Tensor]
+
+__all__ = ["StepGraph", "StepGraphs"]
+
+logger = logging.getLogger(__name__)
+
+_LEAST_POSITIONS = 256
+
+
+class StepGraph:
+    """Runs the model on a fixed number of new tokens of the sequence in its own KV cache.
+
+    Args:
+        forward: From token ids (1, T) and the cache to logits (T, V), without a host sync.
+        cache: A static KV cache.
+        device: Where the model is.
+        num_positions: Tokens the cache has room for.
+        num_tokens: T.
+        is_captured: Whether to capture the step on its first use. CUDA only.
+        on_broken: Called where a capture was broken off in the middle of a forward.
+
+    Attributes:
+        cache: The KV cache; what precedes the steps is put there by ordinary forwards.
+        num_positions: Its room.
+    """
+
+    def __init__(
+        self,
+        forward: ForwardAll,
+        cache: Any,
+        device: torch.device,
+        *,
+        num_positions: int,
+        num_tokens: int = 1,
+        is_captured: bool = False,
+        on_broken: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.cache = cache
+        self.num_positions = num_positions
+        self._forward = forward
+        self._token_ids = torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
+        self._wants_capture = is_captured
+        self._on_broken = on_broken
+        self._is_closed = False
+        self._graph: Any = None
+        self._outputs: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_captured(self) -> bool:
+        """Tell whether steps are replays of a captured one."""
+        return self._graph is not None
+
+    def run(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Run the step on T tokens.
+
+        Returns:
+            Logits (T, V) and the likeliest tokens (T,), valid until the next step.
+
+        Raises:
+            ForeloadError: The engine was closed.
+        """
+        if self._is_closed:
+            raise ForeloadError("the engine is closed", hint="open a new one")
+        with torch.inference_mode(), on_device(self._token_ids.device):
+            self._token_ids.copy_(torch.tensor([list(token_ids)]))
+            if self._graph is not None:
+                self._graph.replay()
+            elif self._wants_capture:
+                self._capture()
+            else:
+                self._outputs = self._step()
+        if self._outputs is None:
+            raise RuntimeError("the step left no logits")
+        return self._outputs
+
+    def __call__(self, token: int) -> Tensor:
+        """Give the logits (V,) behind one token, on the CPU."""
+        return self.run([token])[0][-1].cpu()
+
+    def likeliest(self, token: int) -> int:
+        """Give the likeliest token behind one token."""
+        return int(self.run([token])[1][-1])
+
+    def clear(self) -> None:
+        """Forget the sequence; buffers and the captured step stay."""
+        with torch.inference_mode():
+            clear_static(self.cache)
+
+    def close(self) -> None:
+        """Let go of the captured step, which reads memory that is about to go."""
+        self._is_closed = True
+        self._graph = self._outputs = None
+
+    def _step(self) -> tuple[Tensor, Tensor]:
+        logits = self._forward(self._token_ids, self.cache)
+        return logits, logits.argmax(-1)
+
+    def _capture(self) -> None:
+        """Run the step once as it is, so that libraries settle, then capture and replay it."""
+        self._wants_capture = False
+        current = torch.cuda.current_stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            self._outputs = self._step()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        num_tokens = self._token_ids.shape[1]
+        # What was just written is written again by the replay.
+        rewind_static(self.cache, num_tokens)
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                outputs = self._step()
+        except RuntimeError as error:
+            logger.warning("this model's step cannot be captured, and runs as it is: %s", error)
+            self._on_broken()
+            self._outputs = self._step()
+            return
+        self._graph, self._outputs = graph, outputs
+        graph.replay()
+
+
+class StepGraphs:
+    """Keeps the steps that no request is using, so that a capture serves many requests.
+
+    Args:
+        forward: As for `StepGraph`.
+        make_cache: Makes a static KV cache with room for a number of tokens.
+        device: Where the model is.
+        is_captured: As for `StepGraph`.
+        on_broken: As for `StepGraph`.
+        most_positions: The model's context, where it is known.
+    """
+
+    def __init__(
+        self,
+        forward: ForwardAll,
+        make_cache: Callable[[int], Any],
+        device: torch.device,
+        *,
+        is_captured: bool = False,
+        on_broken: Callable[[], None] = lambda: None,
+        most_positions: int | None = None,
+    ) -> None:
+        self._forward = forward
+        self._make_cache = make_cache
+        self._device = device
+        self._is_captured = is_captured
+        self._on_broken = on_broken
+        self._most_positions = most_positions
+        self._idle: list[StepGraph] = []
+        self._lent: list[StepGraph] = []
+
+    @contextmanager
+    def lend(self, num_positions: int) -> Iterator[StepGraph]:
+        """Lend a step with an empty cache for so many tokens; one request has it to itself."""
+        step = self._take(num_positions)
+        self._lent.append(step)
+        try:
+            yield step
+        finally:
+            # After `release` it is in neither list.
+            if step in self._lent:
+                self._lent.remove(step)
+                step.clear()
+                self._idle.append(step)
+
+    def release(self) -> None:
+        """Close all steps; those that are lent answer no more."""
+        for step in (*self._idle, *self._lent):
+            step.close()
+        self._idle.clear()
+        self._lent.clear()
+
+    def _take(self, num_positions: int) -> StepGraph:
+        for place, step in enumerate(self._idle):
+            if step.num_positions >= num_positions:
+                return self._idle.pop(place)
+        # Too small for this request: their memory is better spent on one that is not.
+        self._idle.clear()
+        room = _LEAST_POSITIONS
+        while room < num_positions:
+            room *= 2
+        if self._most_positions is not None:
+            room = max(min(room, self._most_positions), num_positions)
+        return StepGraph(
+            self._forward,
+            self._make_cache(room),
+            self._device,
+            num_positions=room,
+            is_captured=self._is_captured,
+            on_broken=self._on_broken,
+        )

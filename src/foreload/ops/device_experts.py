@@ -1,0 +1,293 @@
+"""The experts of every MoE layer from slots on the device that manage themselves.
+
+What to fetch and where to is decided where the routing is, on the device: with kernels a step
+never waits for the host, and can be captured whole. Without, the twins below do the same slowly.
+Streams are the caller's business, and so is reading all of a layer's experts for long inputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+from foreload.errors import ShapeError
+from foreload.ops.device_layout import unpack_expert
+from foreload.ops.device_tables import assign_prefetch, assign_slots, make_tables
+from foreload.ops.reference import accumulate, expert_forward, group_by_expert
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from foreload.ops.device_layout import ExpertLayout
+    from foreload.ops.device_tables import Counters, DeviceTables, WorkList
+    from foreload.ops.reference import SumRule
+    from foreload.types import Routing
+
+__all__ = ["MAX_TOKENS", "DeviceExperts", "ExpertKernels", "LayerMemory", "TwinKernels"]
+
+MAX_TOKENS = 16
+"""Tokens that one step may have: a tile of the kernels. Longer inputs want every expert anyway."""
+
+
+class LayerMemory(NamedTuple):
+    """Where the experts of one layer are.
+
+    Attributes:
+        layout: How each lies in its block.
+        slots: (S, block bytes) uint8 on the device.
+        host: (E, block bytes) uint8 in host memory.
+        host_address: The same as the device addresses it.
+        sum_rule: The element type that outputs are summed in.
+    """
+
+    layout: ExpertLayout
+    slots: Tensor
+    host: Tensor
+    host_address: int
+    sum_rule: SumRule
+
+
+class ExpertKernels(Protocol):
+    """What a step is made of; `TwinKernels` says what each computes."""
+
+    def assign_slots(
+        self, tables: DeviceTables, layer: int, top_k_index: Tensor, *, num_experts: int
+    ) -> WorkList:
+        """As `ops.device_tables.assign_slots`."""
+
+    def assign_prefetch(
+        self,
+        tables: DeviceTables,
+        layer: int,
+        predicted_index: Tensor,
+        *,
+        max_fetches: int,
+        min_age: int,
+    ) -> WorkList:
+        """As `ops.device_tables.assign_prefetch`."""
+
+    def forward(
+        self,
+        memory: LayerMemory,
+        work: WorkList,
+        experts: Any,
+        hidden_states: Tensor,
+        routing: Routing,
+    ) -> Tensor:
+        """Fetch what missed, compute, and sum over the top-k, (T, H)."""
+
+    def fetch(self, memory: LayerMemory, work: WorkList) -> None:
+        """Copy the blocks of a work list's misses to their slots."""
+
+
+class TwinKernels:
+    """The kernels in plain torch: same results, any device, waiting for it all the time."""
+
+    def assign_slots(
+        self, tables: DeviceTables, layer: int, top_k_index: Tensor, *, num_experts: int
+    ) -> WorkList:
+        """Give wanted experts their slots."""
+        return assign_slots(tables, layer, top_k_index, num_experts=num_experts)
+
+    def assign_prefetch(
+        self,
+        tables: DeviceTables,
+        layer: int,
+        predicted_index: Tensor,
+        *,
+        max_fetches: int,
+        min_age: int,
+    ) -> WorkList:
+        """Make room for guessed experts."""
+        return assign_prefetch(
+            tables, layer, predicted_index, max_fetches=max_fetches, min_age=min_age
+        )
+
+    def forward(
+        self,
+        memory: LayerMemory,
+        work: WorkList,
+        experts: Any,
+        hidden_states: Tensor,
+        routing: Routing,
+    ) -> Tensor:
+        """Fetch what missed, compute, and sum over the top-k, as the reference does it."""
+        self.fetch(memory, work)
+        slot_of = dict(zip(work.expert.tolist(), work.slot.tolist(), strict=True))
+        return _sum_experts(
+            memory, experts, hidden_states, routing, lambda expert: memory.slots[slot_of[expert]]
+        )
+
+    def fetch(self, memory: LayerMemory, work: WorkList) -> None:
+        """Copy the blocks of a work list's misses to their slots."""
+        columns = (work.expert.tolist(), work.slot.tolist(), work.is_hit.tolist())
+        for expert, slot, is_hit in zip(*columns, strict=True):
+            if expert >= 0 and not is_hit:
+                memory.slots[slot].copy_(memory.host[expert])
+
+
+class DeviceExperts:
+    """Owns the slots of every MoE layer and runs experts from them.
+
+    Args:
+        layouts: How the experts of each MoE layer lie in their blocks.
+        host: (L, E, block bytes) uint8, every expert of the model; page-locked where kernels read
+            it over the bus.
+        num_slots: Slots of each layer; they need not be equal.
+        sum_rules: Per layer, the element type that expert outputs are summed in.
+        device: Where the slots are.
+        kernels: What computes; the twins by default.
+        host_address: Where the device sees `host`; by default where the processor does.
+        max_prefetches: Most experts that one `prefetch` brings.
+        min_age: Visits of a layer since an expert was last wanted, from which on a guessed one may
+            take its slot.
+
+    Attributes:
+        tables: Who is in which slot; `tables.read_counters()` tells hits and misses.
+
+    Raises:
+        ShapeError: `host` does not fit the layouts.
+        ValueError: A layer has no slots.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[ExpertLayout],
+        host: Tensor,
+        *,
+        num_slots: Sequence[int],
+        sum_rules: Sequence[SumRule],
+        device: torch.device | str,
+        kernels: ExpertKernels | None = None,
+        host_address: int | None = None,
+        max_prefetches: int = 8,
+        min_age: int = 1,
+    ) -> None:
+        block_bytes = max(layout.num_bytes for layout in layouts)
+        if host.dtype != torch.uint8 or host.ndim != 3 or not host.is_contiguous():
+            raise ShapeError(
+                "experts in host memory are (layers, experts, bytes) of uint8 in a row"
+            )
+        if len({len(layouts), host.shape[0], len(num_slots), len(sum_rules)}) != 1:
+            raise ShapeError(
+                f"{len(layouts)} layouts, {len(sum_rules)} sum rules and {len(num_slots)} numbers "
+                f"of slots for {host.shape[0]} layers in host memory"
+            )
+        if host.shape[2] < block_bytes:
+            raise ShapeError(f"a block has {block_bytes} bytes, in host memory {host.shape[2]}")
+        self.tables = make_tables(num_slots, host.shape[1], device)
+        self._kernels: ExpertKernels = kernels or TwinKernels()
+        self._max_prefetches = max_prefetches
+        self._min_age = min_age
+        # Every bit set is a NaN in every floating type: reading what was never written shows.
+        self._slots = torch.full(
+            (sum(num_slots), host.shape[2]), 0xFF, dtype=torch.uint8, device=device
+        )
+        address = host.data_ptr() if host_address is None else host_address
+        self._memory = [
+            LayerMemory(*each)
+            for each in zip(
+                layouts,
+                torch.split(self._slots, list(num_slots)),
+                host,
+                (address + layer * host[0].numel() for layer in range(len(host))),
+                sum_rules,
+                strict=True,
+            )
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Give the bytes of all slots."""
+        return self._slots.numel()
+
+    def run(self, layer: int, experts: Any, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """Compute one MoE layer, fetching the experts that are in no slot.
+
+        Args:
+            layer: MoE layer.
+            experts: transformers' experts module: layout flags, gate and activation, no weights.
+            hidden_states: (T, H), T up to `MAX_TOKENS`.
+            routing: Final; indices of `experts.num_experts` and above stand for no expert.
+
+        Returns:
+            (T, H); with the twins bit for bit what `ops.reference` gives.
+
+        Raises:
+            ValueError: More tokens than a step may have, or fewer slots than they can want.
+
+        Cost:
+            Every expert wanted is read once, from its slot or over the bus. Kernels never wait
+            for the host.
+        """
+        num_tokens = hidden_states.shape[0]
+        if num_tokens > MAX_TOKENS:
+            raise ValueError(f"a step of {num_tokens} tokens; use experts_from above {MAX_TOKENS}")
+        work = self._kernels.assign_slots(
+            self.tables, layer, routing.top_k_index, num_experts=experts.num_experts
+        )
+        return self._kernels.forward(self._memory[layer], work, experts, hidden_states, routing)
+
+    def prefetch(self, layer: int, predicted_index: Tensor) -> None:
+        """Bring experts that the next visit of a layer is expected to want.
+
+        Must be over before that visit's `run` begins, and begin after the last one's has ended:
+        on a stream of its own, fork and join.
+
+        Args:
+            layer: The MoE layer that is coming.
+            predicted_index: (T, N) expert ids, likeliest first in each row.
+        """
+        work = self._kernels.assign_prefetch(
+            self.tables,
+            layer,
+            predicted_index,
+            max_fetches=self._max_prefetches,
+            min_age=self._min_age,
+        )
+        self._kernels.fetch(self._memory[layer], work)
+
+    def experts_from(
+        self, blocks: Tensor, layer: int, experts: Any, hidden_states: Tensor, routing: Routing
+    ) -> Tensor:
+        """Compute one MoE layer, all of whose experts lie in one buffer; slots are left alone.
+
+        For long inputs: waits for the device once, to group tokens by expert.
+
+        Args:
+            blocks: (E, block bytes) uint8 on the device of the hidden states.
+            layer: MoE layer.
+            experts: transformers' experts module.
+            hidden_states: (T, H), any T.
+            routing: Final.
+
+        Returns:
+            (T, H), in the reference's order of arithmetic.
+        """
+        memory = self._memory[layer]
+        return _sum_experts(memory, experts, hidden_states, routing, lambda expert: blocks[expert])
+
+    def read_counters(self) -> list[Counters]:
+        """Read hits, misses and prefetches of every layer; waits for the device."""
+        return self.tables.read_counters()
+
+
+def _sum_experts(
+    memory: LayerMemory,
+    experts: Any,
+    hidden_states: Tensor,
+    routing: Routing,
+    block_of: Callable[[int], Tensor],
+) -> Tensor:
+    """Run each expert from its block, ascending, and sum."""
+    index, weights = routing
+    groups = group_by_expert(index, experts.num_experts)
+    outputs = {}
+    for group in groups:
+        parameters = unpack_expert(memory.layout, block_of(group.expert))
+        output = expert_forward(experts, hidden_states[group.token], parameters)
+        outputs[group.expert] = output * weights[group.token, group.position, None]
+    return accumulate(hidden_states, weights.dtype, groups, outputs, memory.sum_rule)

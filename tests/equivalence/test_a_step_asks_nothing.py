@@ -1,0 +1,126 @@
+"""A step can be captured: between its tokens and its logits no value is asked for by the host.
+
+What would wait for a device shows on the CPU too: a tensor read as a number, or a shape that
+depends on data. The kernels, which have their own tests, are stood in for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zoo
+from fakes import make_engine
+from foreload.ops.device_tables import WorkList
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from foreload import Engine
+    from foreload.ops.device_experts import LayerMemory
+    from foreload.ops.device_tables import DeviceTables
+
+ASKING = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_consecutive",
+    "aten::is_nonzero",
+    "aten::repeat_interleave.Tensor",
+}
+
+
+class Watch(TorchDispatchMode):
+    """Remembers what asks for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.num_calls = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.num_calls += 1
+        name = function.name()
+        if name in ASKING or name.partition(".")[0] in ASKING:
+            self.asked.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class QuietKernels:
+    """Gives zeros for experts, and remembers for which layers it was called."""
+
+    def __init__(self) -> None:
+        self.assigned: list[int] = []
+        self.prefetched: list[int] = []
+
+    def assign_slots(
+        self, tables: DeviceTables, layer: int, top_k_index: Tensor, *, num_experts: int
+    ) -> WorkList:
+        self.assigned.append(layer)
+        return WorkList(*[top_k_index.new_zeros(0)] * 4)
+
+    def assign_prefetch(
+        self, tables: DeviceTables, layer: int, predicted_index: Tensor, **settings: Any
+    ) -> WorkList:
+        self.prefetched.append(layer)
+        return WorkList(*[predicted_index.new_zeros(0)] * 4)
+
+    def forward(
+        self, memory: LayerMemory, work: WorkList, experts: Any, hidden_states: Tensor, routing: Any
+    ) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+    def fetch(self, memory: LayerMemory, work: WorkList) -> None:
+        pass
+
+
+def watch_step(engine: Engine) -> tuple[Watch, QuietKernels]:
+    """Run a step behind a short prompt, and watch it."""
+    path = engine._device
+    assert path is not None
+    with path.lend_step(32) as step:
+        assert step is not None
+        engine._prefill(torch.tensor([list(range(3, 12))]), step.cache)
+        kernels = QuietKernels()
+        path._experts._kernels = kernels
+        with Watch() as watch:
+            step.run([5])
+    return watch, kernels
+
+
+@pytest.mark.parametrize("predictor", ["lookahead", "default-vectors"])
+@pytest.mark.parametrize("family", zoo.SEVEN_FAMILIES)
+def test_no_value_is_asked_for(family: str, predictor: str, tmp_path: Path) -> None:
+    checkpoint = zoo.save_family(family, tmp_path / "model", torch.float32)
+    engine = make_engine(
+        checkpoint.path,
+        device="cpu",
+        orchestration="device",
+        expert_memory="50%",
+        predictor=predictor,
+        cache_dir=tmp_path,
+    )
+    with engine:
+        watch, kernels = watch_step(engine)
+        layers = list(range(engine.spec.num_moe_layers))
+        assert watch.num_calls > 20
+        assert not watch.asked
+        assert kernels.assigned == layers
+        assert kernels.prefetched == layers[1:]
+
+
+def test_the_watch_sees_what_asks() -> None:
+    with Watch() as watch:
+        value = torch.ones(3)
+        int(value.sum())
+        value.nonzero()
+        bool(value[0] > 0)
+    assert len(watch.asked) == 3

@@ -1,0 +1,189 @@
+"""Whoever decides about slots, host or device: the same logits bit for bit, and the same text.
+
+The device path runs its twins on the CPU, uncaptured: all of it but the capture and the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import zoo
+from fakes import make_engine
+from foreload.errors import ForeloadError
+from foreload.model.device_plan import block_bytes, device_layouts
+from foreload.model.kv_cache import make_static_cache
+from foreload.model.source import resolve_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from foreload import Engine
+
+FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "phimoe"]
+NUM_DECODED = 32
+DEMO = "demo"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        family: zoo.save_family(family, tmp_path_factory.mktemp(family), torch.float32).path
+        for family in FAMILIES
+    }
+
+
+def open_pair(directory: Path, budget: str, **settings: Any) -> tuple[Engine, Engine]:
+    host = make_engine(directory, dtype="float32", expert_memory="50%", **settings)
+    settings = {"predictor": "lookahead", **settings}
+    if budget == "tight":
+        settings["expert_memory"] = tight(host)
+    else:
+        settings["expert_memory"] = budget
+    device = make_engine(
+        directory, dtype="float32", device="cpu", orchestration="device", **settings
+    )
+    return host, device
+
+
+def tight(engine: Engine) -> int:
+    """Give the least that serves one token: K slots in every layer."""
+    loaded = engine._loaded
+    spec = engine.spec
+    return spec.top_k * spec.num_moe_layers * block_bytes(device_layouts(loaded))
+
+
+def logits_of(engine: Engine, prompt: list[int], cache: Any) -> Iterator[torch.Tensor]:
+    """Yield the logits of a prompt and of fixed tokens behind it."""
+    generator = torch.Generator().manual_seed(0)
+    more = torch.randint(3, zoo.VOCABULARY, (NUM_DECODED,), generator=generator).tolist()
+    with torch.inference_mode():
+        for ids in (prompt, *([token] for token in more)):
+            output = engine.model(
+                input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
+            )
+            yield output.logits
+
+
+def check(engine: Engine) -> None:
+    path = engine._device
+    assert path is not None
+    path._experts.tables.check()
+    assert not path.runtime._open, "a prefetch was not waited for"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", ["100%", "50%", "tight"])
+@pytest.mark.parametrize("is_static", [False, True])
+def test_logits_are_those_of_the_hosts_loop(
+    checkpoints: dict[str, Path], family: str, budget: str, is_static: bool
+) -> None:
+    host, device = open_pair(checkpoints[family], budget)
+    prompt = list(range(3, 22))
+    with host, device:
+        room = len(prompt) + NUM_DECODED
+        caches = [
+            make_static_cache(engine.model, room) if is_static else engine.make_cache()
+            for engine in (host, device)
+        ]
+        steps = zip(
+            logits_of(host, prompt, caches[0]), logits_of(device, prompt, caches[1]), strict=True
+        )
+        for number, (wanted, found) in enumerate(steps):
+            assert torch.equal(wanted, found), f"step {number}"
+            check(device)
+        stats = device.stats
+        assert stats["num_steps"] == NUM_DECODED + 1
+        assert stats["hit_rate"] is not None
+        assert stats["prefetch_precision"] is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", ["100%", "tight"])
+def test_texts_are_those_of_the_hosts_loop(
+    checkpoints: dict[str, Path], family: str, budget: str
+) -> None:
+    host, device = open_pair(checkpoints[family], budget)
+    with host, device:
+        for sampling in ({}, {"temperature": 0.8, "top_k": 20, "seed": 7}):
+            wanted = host.generate(list(range(3, 15)), max_new_tokens=NUM_DECODED, **sampling)
+            found = device.generate(list(range(3, 15)), max_new_tokens=NUM_DECODED, **sampling)
+            assert found.token_ids == wanted.token_ids
+            assert found.finish_reason == wanted.finish_reason
+        check(device)
+
+
+@pytest.mark.parametrize("predictor", ["none", "lookahead", "default-vectors"])
+def test_the_demo_model_writes_the_same(predictor: str, tmp_path: Path) -> None:
+    host, device = open_pair(resolve_model(DEMO), "tight", predictor=predictor, cache_dir=tmp_path)
+    with host, device:
+        assert device.config.predictor == predictor
+        for prompt in ("def fibonacci(n):\n", "class Queue:\n    "):
+            wanted = host.generate(prompt, max_new_tokens=NUM_DECODED)
+            found = device.generate(prompt, max_new_tokens=NUM_DECODED)
+            assert found.token_ids == wanted.token_ids
+            assert found.text == wanted.text
+        check(device)
+
+
+def test_long_prompts_in_chunks(checkpoints: dict[str, Path]) -> None:
+    """Chunks of every kind: such as the slots can serve, and such as are streamed past them."""
+    prompt = [3 + (7 * place) % 150 for place in range(70)]
+    for chunk in (1, 2, 16, 17, 64):
+        host, device = open_pair(checkpoints["qwen3_moe"], "50%", prefill_chunk=chunk)
+        with host, device:
+            wanted = host.generate(prompt, max_new_tokens=8)
+            found = device.generate(prompt, max_new_tokens=8)
+            assert found.token_ids == wanted.token_ids, f"chunks of {chunk}"
+            check(device)
+
+
+def test_interleaved_requests_do_not_disturb_each_other(checkpoints: dict[str, Path]) -> None:
+    host, device = open_pair(checkpoints["mixtral"], "tight")
+    prompts = [list(range(3, 12)), list(range(40, 60)), [9, 8, 7]]
+    with host, device:
+        wanted = [host.generate(p, max_new_tokens=12).token_ids for p in prompts]
+        streams = dict(enumerate(device.stream(p, max_new_tokens=12) for p in prompts))
+        found: list[list[int]] = [[] for _ in prompts]
+        while streams:
+            for number, stream in list(streams.items()):
+                chunk = next(stream, None)
+                if chunk is None:
+                    del streams[number]
+                else:
+                    found[number].extend(chunk.token_ids)
+        assert found == wanted
+        check(device)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "abandoned"])
+def test_after_a_broken_off_request_it_is_as_a_fresh_engine(
+    checkpoints: dict[str, Path], how: str
+) -> None:
+    host, device = open_pair(checkpoints["deepseek_v3"], "50%")
+    with host, device:
+        wanted = host.generate(list(range(5, 30)), max_new_tokens=16).token_ids
+        stream = device.stream(list(range(60, 80)), max_new_tokens=30)
+        for _ in range(5):
+            next(stream)
+        if how == "cancelled":
+            device.cancel()
+            last = list(stream)[-1]
+            assert last.finish_reason == "cancelled"
+        else:
+            stream.close()
+        assert device.generate(list(range(5, 30)), max_new_tokens=16).token_ids == wanted
+        check(device)
+
+
+def test_a_closed_engine_runs_no_step(checkpoints: dict[str, Path]) -> None:
+    _, device = open_pair(checkpoints["mixtral"], "50%")
+    stream = device.stream([3, 4, 5], max_new_tokens=20)
+    next(stream)
+    device.close()
+    device.close()
+    with pytest.raises(ForeloadError, match="closed"):
+        list(stream)

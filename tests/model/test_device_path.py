@@ -1,0 +1,142 @@
+"""The parts of the device path are built together, hold the checkpoint, and go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from fakes import make_engine
+from foreload import engine as engine_module
+from foreload.errors import CapacityError, ConfigError, TransferError
+from foreload.memory.host_arena import HostArena
+from foreload.model import device_path
+from foreload.model.device_plan import device_layouts
+from foreload.ops.device_layout import unpack_expert
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from foreload import Engine
+
+NUM_EXPERTS = 64
+
+
+def open_device(directory: Path, **settings: Any) -> Engine:
+    settings = {"expert_memory": "50%", "predictor": "lookahead", **settings}
+    return make_engine(directory, device="cpu", orchestration="device", **settings)
+
+
+def test_host_memory_holds_the_checkpoints_experts(tiny_checkpoint: Path, tiny_model: Any) -> None:
+    with open_device(tiny_checkpoint) as engine:
+        path = engine._device
+        assert path is not None
+        layouts = device_layouts(engine._loaded)
+        for site in engine._loaded.sites:
+            own = tiny_model.get_submodule(site.name)
+            for expert in range(site.num_experts):
+                block = path._host.blocks[site.layer, expert]
+                parts = unpack_expert(layouts[site.layer], block)
+                assert torch.equal(parts["gate_up_proj"], own.gate_up_proj[expert])
+                assert torch.equal(parts["down_proj"], own.down_proj[expert])
+
+
+def test_sizes_are_those_of_the_settings(tiny_checkpoint: Path) -> None:
+    with open_device(tiny_checkpoint) as engine:
+        assert engine.num_slots == NUM_EXPERTS // 2
+        assert engine.expert_memory_bytes == engine.config.expert_memory
+        assert engine.config.orchestration == "device"
+        assert engine.config.host_memory == 2 * engine.expert_memory_bytes
+        assert engine.config.eviction == "lru"
+
+
+def test_what_the_host_alone_can_do_is_refused_by_name(tiny_checkpoint: Path) -> None:
+    with open_device(tiny_checkpoint) as engine:
+        for name in ("tiers", "runtime"):
+            with pytest.raises(ConfigError, match="needs the host"):
+                getattr(engine, name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "speculate"},
+        {"policy": "speculate-when"},
+        {"draft": "int4"},
+        {"predictor": "estimator"},
+        {"eviction": "none"},
+        {"device": "cuda"},
+    ],
+    ids=str,
+)
+def test_bad_combinations_are_refused_before_anything_is_allocated(
+    tiny_checkpoint: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_load(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("nothing may be loaded")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine_module, "load_model", no_load)
+    with pytest.raises(ConfigError):
+        engine_module.Engine.from_pretrained(
+            tiny_checkpoint, **{"device": "cpu", "orchestration": "device", **settings}
+        )
+
+
+def test_default_vectors_that_nobody_made_are_named(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="calibrat"):
+        open_device(tiny_checkpoint, predictor="default-vectors")
+
+
+def test_host_memory_that_is_too_small_says_by_how_much(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CapacityError, match="do not all fit") as caught:
+        open_device(tiny_checkpoint, host_memory="50%")
+    assert caught.value.setting == "host_memory"
+    assert caught.value.needed_bytes > caught.value.available_bytes > 0
+
+
+def test_an_interrupted_opening_leaves_nothing_behind(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[HostArena] = []
+    own_release = HostArena.release
+
+    def fail(self: HostArena, *args: Any, **kwargs: Any) -> None:
+        raise TransferError("the disk is gone")
+
+    def release(self: HostArena) -> None:
+        released.append(self)
+        own_release(self)
+
+    monkeypatch.setattr(HostArena, "fill", fail)
+    monkeypatch.setattr(HostArena, "release", release)
+    with pytest.raises(TransferError):
+        open_device(tiny_checkpoint)
+    assert released
+
+
+def test_a_model_without_a_static_cache_runs_without_steps(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_device(tiny_checkpoint) as engine:
+        wanted = engine.generate([5, 6, 7], max_new_tokens=8).token_ids
+    monkeypatch.setattr(device_path, "can_be_static", lambda model: False)
+    with open_device(tiny_checkpoint) as engine:
+        assert engine.generate([5, 6, 7], max_new_tokens=8).token_ids == wanted
+        engine.generate([5, 6, 7], max_new_tokens=2)
+    assert len([r for r in caplog.records if "not captured" in r.message]) == 1
+
+
+def test_progress_is_told_while_host_memory_is_filled(tiny_checkpoint: Path) -> None:
+    told: list[tuple[int, int]] = []
+    engine = engine_module.Engine.from_pretrained(
+        tiny_checkpoint,
+        device="cpu",
+        orchestration="device",
+        expert_memory="100%",
+        host_progress=lambda done, total: told.append((done, total)),
+    )
+    with engine:
+        assert told[-1][0] == told[-1][1] > 0
+        assert len(told) == NUM_EXPERTS

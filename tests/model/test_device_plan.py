@@ -1,0 +1,63 @@
+"""Layouts and bytes of the device path, asked before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from foreload.errors import UnsupportedModelError
+from foreload.model.device_plan import block_bytes, device_layouts, kv_bytes_per_token
+from foreload.model.hf import load_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from foreload.model.hf import LoadedModel
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> LoadedModel:
+    return load_model(tiny_checkpoint)
+
+
+def test_every_layer_has_a_layout_for_its_experts(loaded: LoadedModel) -> None:
+    layouts = device_layouts(loaded)
+    assert len(layouts) == loaded.spec.num_moe_layers
+    assert {layout.dtype for layout in layouts} == {torch.float32}
+    assert block_bytes(layouts) >= loaded.spec.expert_bytes
+    assert block_bytes(layouts) % 4096 == 0
+
+
+def test_experts_that_are_not_alike_are_refused(loaded: LoadedModel) -> None:
+    plan = loaded.plans[1][3]
+    other = dataclasses.replace(
+        plan, tensors=tuple(dataclasses.replace(t, shape=(1, *t.shape[1:])) for t in plan.tensors)
+    )
+    plans = [list(row) for row in loaded.plans]
+    plans[1][3] = other
+    with pytest.raises(UnsupportedModelError, match="not alike"):
+        device_layouts(dataclasses.replace(loaded, plans=plans))
+
+
+def test_element_types_that_are_not_computed_with_are_refused(loaded: LoadedModel) -> None:
+    plans = [
+        [
+            dataclasses.replace(
+                plan,
+                tensors=tuple(dataclasses.replace(t, dtype="float64") for t in plan.tensors),
+            )
+            for plan in row
+        ]
+        for row in loaded.plans
+    ]
+    with pytest.raises(UnsupportedModelError, match="float64"):
+        device_layouts(dataclasses.replace(loaded, plans=plans))
+
+
+def test_a_token_in_the_cache_takes_its_keys_and_values(loaded: LoadedModel) -> None:
+    config = loaded.model.config
+    each = config.num_key_value_heads * config.head_dim * 2 * 4
+    assert kv_bytes_per_token(loaded) == config.num_hidden_layers * each

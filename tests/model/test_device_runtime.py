@@ -1,0 +1,171 @@
+"""A layer whose device decides: prefetches are waited for, and what was counted is told once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from foreload.memory.expert_stream import ExpertStream
+from foreload.metrics import Metrics
+from foreload.model.device_runtime import DeviceRuntime
+from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
+from foreload.ops.device_layout import StoredFormat, expert_layout, pack_expert
+from foreload.ops.reference import SumRule, accumulate, expert_forward, group_by_expert
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from foreload.types import RoutingEvent
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 3, 8, 2, 16, 8
+CPU = torch.device("cpu")
+
+MODULE: Any = SimpleNamespace(
+    num_experts=EXPERTS,
+    has_gate=True,
+    has_bias=False,
+    is_transposed=False,
+    is_concatenated=True,
+    act_fn=torch.nn.functional.silu,
+    _apply_gate=lambda both: torch.nn.functional.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
+)
+
+
+class Setup:
+    """A runtime over random experts, and what it should compute."""
+
+    def __init__(self, num_slots: int, name_experts: Any = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"gate_up_proj": (2 * INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+        layout = expert_layout(MODULE, shapes, StoredFormat.FLOAT32, dtype=torch.float32)
+        self.host = torch.zeros((LAYERS, EXPERTS, layout.num_bytes), dtype=torch.uint8)
+        self.weights = [
+            [
+                {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+                for _ in range(EXPERTS)
+            ]
+            for _ in range(LAYERS)
+        ]
+        for layer, row in enumerate(self.weights):
+            for expert, weights in enumerate(row):
+                pack_expert(layout, weights, self.host[layer, expert])
+        layouts, rules = [layout] * LAYERS, [SumRule.HIDDEN] * LAYERS
+        self.metrics = Metrics()
+        self.block_bytes = layout.num_bytes
+        self.experts = DeviceExperts(
+            layouts, self.host, num_slots=[num_slots] * LAYERS, sum_rules=rules, device=CPU
+        )
+        self.runtime = DeviceRuntime(
+            self.experts,
+            ExpertStream(self.host, CPU, num_blocks=2),
+            layouts,
+            rules,
+            block_bytes=layout.num_bytes,
+            metrics=self.metrics,
+            device=CPU,
+            name_experts=name_experts,
+        )
+
+    def run(self, layer: int, index: Tensor, *, residual: bool = True) -> None:
+        """Run a layer, and check what it gives."""
+        generator = torch.Generator().manual_seed(int(index.sum()))
+        hidden = torch.randn((len(index), HIDDEN), generator=generator)
+        weights = torch.rand(index.shape, generator=generator)
+        if residual:
+            self.runtime.see_residual(layer, hidden)
+        found = self.runtime.run_layer(layer, MODULE, hidden, index, weights)
+        groups = group_by_expert(index, EXPERTS)
+        outputs = {
+            g.expert: expert_forward(MODULE, hidden[g.token], self.weights[layer][g.expert])
+            * weights[g.token, g.position, None]
+            for g in groups
+        }
+        assert torch.equal(found, accumulate(hidden, weights.dtype, groups, outputs))
+        self.experts.tables.check()
+
+    def is_in_slot(self, layer: int, expert: int) -> bool:
+        return bool(self.experts.tables.slot_of[layer, expert] >= 0)
+
+
+def ids(*rows: tuple[int, ...]) -> Tensor:
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("num_slots", [TOP_K, 4, EXPERTS])
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, MAX_TOKENS, MAX_TOKENS + 1, 40])
+def test_any_number_of_tokens_any_number_of_slots(num_slots: int, num_tokens: int) -> None:
+    setup = Setup(num_slots)
+    generator = torch.Generator().manual_seed(num_tokens)
+    for _ in range(3):
+        for layer in range(LAYERS):
+            rows = [torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(num_tokens)]
+            setup.run(layer, torch.stack(rows))
+
+
+def test_placeholders_stand_for_no_expert() -> None:
+    setup = Setup(TOP_K)
+    setup.run(0, ids((3, EXPERTS)))
+    setup.run(0, ids(*[(3, EXPERTS)] * 20))
+
+
+def test_named_experts_are_there_when_their_layer_comes() -> None:
+    def name_experts(event: RoutingEvent) -> Tensor:
+        assert event.residual is not None
+        return (event.top_k_index + 1) % EXPERTS
+
+    setup = Setup(4, name_experts)
+    setup.run(0, ids((0, 1)))
+    assert set(setup.runtime._open) == {1}
+    setup.run(1, ids((1, 2)))
+    assert set(setup.runtime._open) == {2}
+    setup.runtime.count()
+    metrics = setup.metrics
+    assert (metrics.num_hits, metrics.num_misses) == (2, 2)
+    # Layer 2 has been prefetched for, and not been reached.
+    assert (metrics.num_prefetched, metrics.num_prefetched_used, metrics.wasted_bytes) == (4, 2, 0)
+    setup.runtime.abandon()
+    assert not setup.runtime._open
+    setup.run(2, ids((5, 6)))
+    assert not setup.runtime._open, "behind the last layer there is none"
+
+
+def test_only_single_tokens_are_named_for() -> None:
+    asked: list[RoutingEvent] = []
+    setup = Setup(EXPERTS, asked.append)
+    setup.run(0, ids((0, 1), (2, 3)))
+    setup.run(0, ids((0, 1)), residual=False)
+    assert not asked
+    setup.run(0, ids((0, 1)))
+    assert len(asked) == 1
+    assert not setup.metrics.num_prefetched, "nothing was named"
+
+
+def test_a_long_input_leaves_the_last_tokens_experts_behind() -> None:
+    setup = Setup(3)
+    setup.run(0, ids(*[(0, 1)] * 20, (6, 7)))
+    assert setup.is_in_slot(0, 6)
+    assert setup.is_in_slot(0, 7)
+    assert not setup.is_in_slot(0, 0)
+
+
+def test_what_was_counted_is_told_once() -> None:
+    setup = Setup(4)
+    for _ in range(2):
+        setup.run(0, ids((0, 1)))
+    for _ in range(2):
+        setup.runtime.count()
+    metrics, size = setup.metrics, setup.block_bytes
+    assert (metrics.num_steps, metrics.num_hits, metrics.num_misses) == (2, 2, 2)
+    assert metrics.demand_bytes == 2 * size
+    setup.run(0, ids(*[(4, 5)] * 20))
+    setup.runtime.count()
+    assert (metrics.num_steps, metrics.num_misses) == (3, 4)
+    assert (metrics.num_prefetched, metrics.prefetch_bytes) == (2, 2 * size)
+    # Pushed out by what was wanted after them: brought in vain.
+    for pair in ((0, 1), (2, 3), (6, 7)):
+        setup.run(0, ids(pair))
+    setup.runtime.count()
+    assert metrics.wasted_bytes == 2 * size
