@@ -42,7 +42,10 @@ _NEARLY = 0.8
 _PROBE_EVERY = 20
 _IDLE_PROBES = (20, 160)
 """Rounds without a draft until one is tried again; doubled, up to the second, while it loses."""
-_PRIOR_ACCEPTANCE = 0.85
+_HOPED_ACCEPTANCE = 0.97
+_HOPED_TESTS = 20
+"""What is thought of a draft at first, and how many tests that weighs. Rather too much: where it is
+wrong drafting soon shows it; a draft thought too little of would not be tried, and stay so."""
 _PRIOR_GROWTH = 0.7
 """Bytes copied grow with tokens verified to this power (small trained model, November 2026)."""
 
@@ -109,7 +112,9 @@ class Governor:
         self._num_rounds = 0
         self._num_idle = 0
         self._patience = self._next_probe = _IDLE_PROBES[0]
-        self._acceptance = _Average(_PRIOR_ACCEPTANCE, keep=_KEEP_ACCEPTANCE)
+        self._acceptance = _Average(
+            _HOPED_ACCEPTANCE, keep=_KEEP_ACCEPTANCE, num_prior=_HOPED_TESTS
+        )
         self._acceptance_at = [_Average(keep=_KEEP_ACCEPTANCE) for _ in range(self.most)]
         self._draft_token_s = _Average()
         self._link_bytes_s = _Average()
@@ -277,15 +282,17 @@ class Governor:
 
 
 class _Average:
-    """A moving average; of all values alike while they are few, a prior counting as one."""
+    """A moving average; of all values alike while they are few, a prior counting as some."""
 
     __slots__ = ("_keep", "_num_values", "count", "value")
 
-    def __init__(self, prior: float | None = None, *, keep: float = _KEEP) -> None:
+    def __init__(
+        self, prior: float | None = None, *, keep: float = _KEEP, num_prior: int = 1
+    ) -> None:
         self._keep = keep
         self.value = 0.0 if prior is None else prior
         self.count = 0
-        self._num_values = 0 if prior is None else 1
+        self._num_values = 0 if prior is None else num_prior
 
     def add(self, value: float) -> None:
         """Average a value in."""
