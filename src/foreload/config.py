@@ -199,7 +199,6 @@ class EngineConfig:
         """Name a setting that only orchestration="host" can run; None where there is none."""
         device_can = {
             "policy": ("exact",),
-            "draft": ("none", "auto"),
             "predictor": ("auto", "none", "lookahead", "default-vectors"),
             # The default stands for no wish: the tables on the device know one rule.
             "eviction": ("history", "lru"),

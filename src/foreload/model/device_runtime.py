@@ -8,7 +8,10 @@ want every expert anyway, stream them past the slots. Only the true router is ex
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
 
 from foreload.memory.cuda import SideStream, on_device
 from foreload.ops.device_experts import MAX_TOKENS
@@ -17,9 +20,8 @@ from foreload.ops.reference import accumulate, expert_forward, group_by_expert
 from foreload.types import Routing, RoutingEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    import torch
     from torch import Tensor
 
     from foreload.memory.expert_stream import ExpertStream
@@ -30,7 +32,17 @@ if TYPE_CHECKING:
 
     NameExperts = Callable[[RoutingEvent], Tensor | None]
 
-__all__ = ["DeviceRuntime"]
+__all__ = ["DeviceRuntime", "DraftLayers"]
+
+
+class DraftLayers(Protocol):
+    """Stands in for the experts while a draft runs; `model.device_draft.DeviceDraft` is one."""
+
+    def run(self, layer: int, experts: Any, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """Compute one MoE layer, (T, H)."""
+
+    def note(self, layer: int, top_k_index: Tensor) -> Tensor:
+        """Keep where a token is sent (1, K); give whom the round wants there so far, (N, K)."""
 
 
 class _Prefetch(NamedTuple):
@@ -91,12 +103,30 @@ class DeviceRuntime:
         self._side = SideStream(device)
         self._residuals: dict[tuple[int, int], Tensor] = {}
         self._open: dict[int, _Prefetch] = {}
+        # By thread, as forwards are.
+        self._drafting: dict[int, DraftLayers] = {}
         self._counted = _Counts()
 
     def see_residual(self, layer: int, residual: Tensor) -> None:
         """Keep the residual stream (T, H) that enters a layer's MoE block, for its prediction."""
-        if self._name_experts is not None and residual.shape[0] == 1:
+        is_drafting = threading.get_ident() in self._drafting
+        if self._name_experts is not None and residual.shape[0] == 1 and not is_drafting:
             self._residuals[threading.get_ident(), layer] = residual
+
+    @contextmanager
+    def drafting(self, draft: DraftLayers) -> Iterator[None]:
+        """Let a draft compute the experts of this thread's forwards, of one token each.
+
+        Beside it, the experts that it was sent to are brought to the target's slots. When the block
+        ends whatever follows on the device waits for them.
+        """
+        thread = threading.get_ident()
+        self._drafting[thread] = draft
+        try:
+            yield
+        finally:
+            del self._drafting[thread]
+            self._side.join(self._side.mark())
 
     def run_layer(
         self,
@@ -124,6 +154,10 @@ class DeviceRuntime:
         """
         routing = Routing(top_k_index, top_k_weights)
         with self.lock, on_device(hidden_states.device):
+            draft = self._drafting.get(threading.get_ident())
+            if draft is not None:
+                self._prefetch_noted(layer, draft.note(layer, top_k_index))
+                return draft.run(layer, experts, hidden_states, routing)
             residual = self._residuals.pop((threading.get_ident(), layer), None)
             self._join(layer)
             if not self._is_step(layer, *top_k_index.shape):
@@ -141,12 +175,10 @@ class DeviceRuntime:
         """Bring the metrics up to date with what the device has counted; waits for the device."""
         with self.lock:
             tables = self._experts.tables
-            by_layer = self._experts.read_counters()
-            hits, misses, prefetched, used = (sum(column) for column in zip(*by_layer, strict=True))
-            unseen = int(tables.is_fresh.sum())
-            now = _Counts(
-                int(tables.clock[0]), hits, misses, prefetched, used, prefetched - used - unseen
-            )
+            # One copy: with a draft this is asked for in every round.
+            values = (tables.counters.sum(0), tables.is_fresh.sum()[None], tables.clock[:1])
+            hits, misses, prefetched, used, unseen, steps = torch.cat(values).tolist()
+            now = _Counts(steps, hits, misses, prefetched, used, prefetched - used - unseen)
             new = _Counts(*(a - b for a, b in zip(now, self._counted, strict=True)))
             self._counted = now
             metrics = self._metrics
@@ -176,6 +208,12 @@ class DeviceRuntime:
             if named is not None:
                 self._experts.prefetch(layer, named)
         self._open[layer] = _Prefetch(self._side.mark(), event)
+
+    def _prefetch_noted(self, layer: int, named: Tensor) -> None:
+        """Bring, beside the draft, experts that the verification of its tokens will want."""
+        with self._side.forked():
+            # Surer than that what a layer wanted last it wants again.
+            self._experts.prefetch(layer, named, min_age=0)
 
     def _join(self, layer: int) -> None:
         prefetch = self._open.pop(layer, None)
