@@ -29,6 +29,9 @@ __all__ = [
     "most_step_tokens",
 ]
 
+_FINE_GROUP = 16
+"""Columns that share a draft's scale where not even 32 divide a matrix."""
+
 
 def device_layouts(loaded: LoadedModel) -> list[ExpertLayout]:
     """Lay out the experts of every MoE layer, as they are read from the checkpoint.
@@ -55,9 +58,13 @@ def draft_layouts(
     found = []
     for site, plans, layout in zip(loaded.sites, loaded.plans, layouts, strict=True):
         shapes = {tensor.name: tensor.shape for tensor in plans[0].tensors}
+        columns = layout.first.num_columns, layout.down.num_columns
+        group = _FINE_GROUP if any(number % (2 * _FINE_GROUP) for number in columns) else None
         try:
             found.append(
-                expert_layout(site.experts, shapes, StoredFormat(kind), dtype=layout.dtype)
+                expert_layout(
+                    site.experts, shapes, StoredFormat(kind), dtype=layout.dtype, group=group
+                )
             )
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
