@@ -100,7 +100,6 @@ class TestEngineConfig:
         [
             {"policy": "speculate"},
             {"policy": "speculate-when"},
-            {"draft": "int8"},
             {"predictor": "estimator"},
             {"eviction": "least-stale"},
             {"eviction": "none"},

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foreload import Engine
     from foreload.model.graph import StepGraph
 
-PROMPT = list(range(40, 52))
+PROMPT = list(range(40, 60))  # longer than a step: its experts pass the slots by
 TOKEN = 77
 DRAFTED = 3
 
