@@ -142,13 +142,14 @@ def test_drawn_tokens_come_again_with_their_seed(checkpoints: dict[str, Path]) -
 
 
 def test_stop_texts_end_a_round(tiny_checkpoint: Path) -> None:
+    prompt = list(range(40, 52))
     with open_device(tiny_checkpoint) as engine:
-        text = engine.generate(PROMPTS[0], max_new_tokens=NUM_TOKENS).text
-        stop = text[len(text) // 2 :][:2]
-        wanted = engine.generate(PROMPTS[0], max_new_tokens=NUM_TOKENS, stop=stop)
+        text = engine.generate(prompt, max_new_tokens=NUM_TOKENS).text
+        stop = text[len(text) // 2 :][:3]
+        wanted = engine.generate(prompt, max_new_tokens=NUM_TOKENS, stop=stop)
     with open_device(tiny_checkpoint, draft="int8", num_draft_tokens=4) as engine:
-        found = engine.generate(PROMPTS[0], max_new_tokens=NUM_TOKENS, stop=stop)
-        again = engine.generate(PROMPTS[0], max_new_tokens=NUM_TOKENS)
+        found = engine.generate(prompt, max_new_tokens=NUM_TOKENS, stop=stop)
+        again = engine.generate(prompt, max_new_tokens=NUM_TOKENS)
     assert (found.text, found.token_ids) == (wanted.text, wanted.token_ids)
     assert found.finish_reason == wanted.finish_reason == "stop"
     assert again.text == text

@@ -144,7 +144,7 @@ def test_the_draft_brings_the_targets_experts(engine: Engine) -> None:
         counted = engine.metrics.since(before)
     assert counted.num_prefetched > 0
     assert counted.num_prefetched_used > 0.9 * counted.num_prefetched
-    assert counted.num_hits > 0.9 * counted.num_lookups
+    assert counted.num_hits > 0.8 * counted.num_lookups, "only the last token was not foreseen"
 
 
 def test_a_round_is_counted(engine: Engine) -> None:
