@@ -98,7 +98,6 @@ class TestEngineConfig:
     @pytest.mark.parametrize(
         "setting",
         [
-            {"policy": "speculate"},
             {"policy": "speculate-when"},
             {"predictor": "estimator"},
             {"eviction": "least-stale"},

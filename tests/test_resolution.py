@@ -222,7 +222,7 @@ class TestDevice:
     @pytest.mark.parametrize(
         "setting",
         [
-            {"policy": "speculate"},
+            {"policy": "speculate-when"},
             {"draft": "int4", "expert_memory": "60%"},
             {"orchestration": "host"},
             {"device": "cpu"},

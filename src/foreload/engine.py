@@ -502,6 +502,7 @@ class Engine:
         self.model.to(device)
         predictor = self._make_tensor_predictor(device)
         self.config = config.with_values(predictor="none" if predictor is None else predictor.name)
+        is_speculating = predictor is not None and isinstance(self._make_policy(), Speculate)
         tokens = config.num_draft_tokens
         path = self._device = DevicePath(
             loaded,
@@ -511,6 +512,7 @@ class Engine:
             forward=self.forward_all,
             metrics=self.metrics,
             name_experts=None if predictor is None else predictor.name_experts,
+            route_next=predictor.route_next if predictor and is_speculating else None,
             num_workers=config.num_workers,
             limit_bytes=int(config.host_memory),
             progress=progress,
@@ -551,11 +553,10 @@ class Engine:
             self._device.runtime.count()
 
     def _prefill(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
-        if self._device is not None:
-            return self.forward(token_ids, kv_cache)
-        with self.runtime.prefilling():
+        runtime = self.runtime if self._device is None else self._device.runtime
+        with runtime.prefilling():
             logits = self.forward(token_ids, kv_cache)
-        if self.drafter is not None:
+        if self.drafter is not None and self._device is None:
             rewind(kv_cache, 0)
         return logits
 

@@ -227,7 +227,9 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     least = min(num_tokens * spec.top_k, spec.num_experts) * layer_slot + drafted
     if budget < least:
         needs = (
-            "one token's needs" if draft == "none" else f"two tokens' needs beside the {draft} draft"
+            "one token's needs"
+            if draft == "none"
+            else f"two tokens' needs beside the {draft} draft"
         )
         raise CapacityError(
             f"expert_memory is below {needs} ({spec.top_k} experts each in {spec.num_moe_layers} "

@@ -96,9 +96,12 @@ def watch_step(engine: Engine) -> tuple[Watch, QuietKernels]:
     return watch, kernels
 
 
-@pytest.mark.parametrize("predictor", ["lookahead", "default-vectors"])
+@pytest.mark.parametrize(
+    ("predictor", "policy"),
+    [("lookahead", "exact"), ("default-vectors", "exact"), ("default-vectors", "speculate")],
+)
 @pytest.mark.parametrize("family", zoo.SEVEN_FAMILIES)
-def test_no_value_is_asked_for(family: str, predictor: str, tmp_path: Path) -> None:
+def test_no_value_is_asked_for(family: str, predictor: str, policy: str, tmp_path: Path) -> None:
     checkpoint = zoo.save_family(family, tmp_path / "model", torch.float32)
     engine = make_engine(
         checkpoint.path,
@@ -106,6 +109,7 @@ def test_no_value_is_asked_for(family: str, predictor: str, tmp_path: Path) -> N
         orchestration="device",
         expert_memory="50%",
         predictor=predictor,
+        policy=policy,
         cache_dir=tmp_path,
     )
     with engine:

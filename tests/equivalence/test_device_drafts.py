@@ -239,9 +239,10 @@ def test_requests_in_turns_do_not_disturb_each_other(
 
 def test_a_draft_is_a_part_of_the_expert_memory(checkpoints: dict[str, Path]) -> None:
     path = checkpoints["qwen3_moe"]
-    with open_device(path, expert_memory="100%") as alone, open_device(
-        path, expert_memory="100%", draft="int4"
-    ) as engine:
+    with (
+        open_device(path, expert_memory="100%") as alone,
+        open_device(path, expert_memory="100%", draft="int4") as engine,
+    ):
         draft = drafter_of(engine).draft
         assert draft is not None
         assert engine.expert_memory_bytes <= alone.expert_memory_bytes

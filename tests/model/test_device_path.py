@@ -61,7 +61,6 @@ def test_what_the_host_alone_can_do_is_refused_by_name(tiny_checkpoint: Path) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        {"policy": "speculate"},
         {"policy": "speculate-when"},
         {"predictor": "estimator"},
         {"eviction": "none"},

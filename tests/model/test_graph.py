@@ -246,9 +246,7 @@ class TestLending:
             assert first is not second
         assert self.made == [256, 256]
 
-    def test_a_lent_step_is_found_by_its_cache(
-        self, run: Any, tiny_model: PreTrainedModel
-    ) -> None:
+    def test_a_lent_step_is_found_by_its_cache(self, run: Any, tiny_model: PreTrainedModel) -> None:
         steps = self.make(run, tiny_model)
         with steps.lend(20) as first, steps.lend(20) as second:
             assert steps.step_of(first.cache) is first

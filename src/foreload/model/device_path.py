@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from foreload.metrics import Metrics
-    from foreload.model.device_runtime import NameExperts
+    from foreload.model.device_runtime import NameExperts, RouteNext
     from foreload.model.graph import ForwardAll, StepGraph
     from foreload.model.hf import LoadedModel
     from foreload.ops.device_experts import ExpertKernels
@@ -64,6 +64,7 @@ class DevicePath:
         forward: From token ids (1, T) and a KV cache to logits (T, V).
         metrics: Where steps and lookups are counted.
         name_experts: Names the next layer's likely experts without a host sync, or None.
+        route_next: Guesses the next layer's routing, to be executed; None follows the true router.
         num_workers: Experts read from the checkpoint at once.
         limit_bytes: What the host tier may take.
         progress: Called with (done, total) bytes while the host tier is filled.
@@ -92,6 +93,7 @@ class DevicePath:
         forward: ForwardAll,
         metrics: Metrics,
         name_experts: NameExperts | None = None,
+        route_next: RouteNext | None = None,
         num_workers: int = 2,
         limit_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -143,6 +145,7 @@ class DevicePath:
                 metrics=metrics,
                 device=device,
                 name_experts=name_experts,
+                route_next=route_next,
             )
             if not is_static:
                 logger.warning(
