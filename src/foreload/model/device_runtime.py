@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from foreload.ops.device_experts import DeviceExperts
     from foreload.ops.device_layout import ExpertLayout
     from foreload.ops.reference import SumRule
-
     from foreload.types import RouterOutput
 
     NameExperts = Callable[[RoutingEvent], Tensor | None]
