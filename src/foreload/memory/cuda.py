@@ -214,7 +214,9 @@ class CopyStreams:
         if self._device.type != "cuda":
             return None
         self.order_reads()
-        return torch.cuda.current_stream(self._device).record_event()
+        mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(self._device).record_event(mark)
+        return mark
 
     def copy(
         self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None
@@ -237,7 +239,7 @@ class CopyStreams:
         # A thread that waits asleep leaves the processor to the others.
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         stream.record_event(arrived)
-        arrived.synchronize()  # type: ignore[no-untyped-call]
+        arrived.synchronize()
 
     def _stream(self) -> torch.cuda.Stream:
         held: torch.cuda.Stream | None = getattr(self._local, "stream", None)
