@@ -1,4 +1,4 @@
-"""The host tier gives what the checkpoint holds, whoever asks at once and however little it keeps."""
+"""The host tier gives what the checkpoint holds, whoever asks, however little it keeps."""
 
 from __future__ import annotations
 
