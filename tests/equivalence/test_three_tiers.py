@@ -12,13 +12,12 @@ import pytest
 import torch
 
 import zoo
-from fakes import assert_settled, make_engine, write_random_vectors
+from fakes import assert_settled, make_engine
 from foreload.memory.device_slots import DeviceSlots
 from foreload.memory.host_tier import HostTier
 from foreload.resolution import slot_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from foreload import Engine
@@ -45,17 +44,20 @@ def open_staged(directory: Path, blocks: int | str, **settings: Any) -> Engine:
     return make_engine(directory, dtype="float32", host_tier=make, **settings)
 
 
-def logits_of(engine: Engine) -> Iterator[torch.Tensor]:
-    """Yield the logits of a prompt and of fixed tokens behind it."""
+def logits_of(engine: Engine) -> list[torch.Tensor]:
+    """Give the logits of a prompt and of fixed tokens behind it."""
     generator = torch.Generator().manual_seed(0)
     more = torch.randint(3, zoo.VOCABULARY, (NUM_DECODED,), generator=generator).tolist()
     cache = engine.make_cache()
+    found = []
     with torch.inference_mode():
         for ids in (list(range(3, 22)), *([token] for token in more)):
             output = engine.model(
                 input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
             )
-            yield output.logits
+            found.append(output.logits)
+            engine.tiers.cache.check()
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,7 +85,6 @@ def test_logits_and_texts_are_those_of_the_disk_path(
             zip(logits_of(disk), logits_of(staged), strict=True)
         ):
             assert torch.equal(wanted, found), f"step {number}"
-            staged.tiers.cache.check()
         for sampling in ({}, {"temperature": 0.8, "top_k": 20, "seed": 7}):
             texts = [
                 engine.generate(list(range(3, 15)), max_new_tokens=NUM_DECODED, **sampling)
@@ -130,3 +131,13 @@ def test_policies_and_evictions_run_there_too(
         result = staged.generate(list(range(3, 15)), max_new_tokens=NUM_DECODED)
         assert result.stats.num_output_tokens > 0
         assert_settled(staged.tiers)
+
+
+def test_it_may_be_opened_in_inference_mode(checkpoints: dict[str, Path]) -> None:
+    prompt = list(range(3, 15))
+    with make_engine(checkpoints["gpt_oss"], dtype="float32", expert_memory="50%") as disk:
+        wanted = disk.generate(prompt, max_new_tokens=4).token_ids
+    with torch.inference_mode():
+        staged = open_staged(checkpoints["gpt_oss"], 2, expert_memory="50%")
+    with staged:
+        assert staged.generate(prompt, max_new_tokens=4).token_ids == wanted

@@ -147,8 +147,10 @@ class SlotArena:
 
     def write(self, slot: int, plan: ExpertPlan, values: Mapping[str, torch.Tensor]) -> None:
         """Copy converted parameters into a slot."""
-        for name, view in self.tensors(slot, plan).items():
-            view.copy_(values[name])
+        # Memory that was made in inference mode can be written to only there, on any thread.
+        with torch.inference_mode():
+            for name, view in self.tensors(slot, plan).items():
+                view.copy_(values[name])
 
     def release(self) -> None:
         """Give the memory back once the last view of it is gone: until then all stay readable."""

@@ -85,8 +85,10 @@ class DeviceSlots:
             start: Where in it, in bytes.
             source: (n,) uint8 in host memory, page-locked where the device is a CUDA one.
         """
-        target = self.block(slot)[start : start + len(source)]
-        self._streams.copy(target, source, self._reads[slot])
+        # Memory that was made in inference mode can be written to only there, on any thread.
+        with torch.inference_mode():
+            target = self.block(slot)[start : start + len(source)]
+            self._streams.copy(target, source, self._reads[slot])
 
     def release(self) -> None:
         """Give the memory back once the last view of it is gone; may be called twice."""
