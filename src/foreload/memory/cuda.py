@@ -11,7 +11,7 @@ import os
 import threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CopyStreams",
+    "ReadMark",
     "SideStream",
     "cpus_near",
     "find_device",
@@ -179,6 +180,10 @@ class SideStream:
             torch.cuda.current_stream(self._stream.device).wait_event(mark)
 
 
+ReadMark: TypeAlias = torch.cuda.Event | None
+"""What was asked to read, for a copy to wait for; None on the CPU, which has read it."""
+
+
 class CopyStreams:
     """Copies to a device by several threads, each on a stream of its own beside the computation.
 
@@ -209,7 +214,7 @@ class CopyStreams:
             current.wait_stream(self._reader)
         self._reader = current
 
-    def mark_reads(self) -> torch.cuda.Event | None:
+    def mark_reads(self) -> ReadMark:
         """Mark all that has been asked for so far, for a copy to wait for."""
         if self._device.type != "cuda":
             return None
@@ -218,9 +223,7 @@ class CopyStreams:
         torch.cuda.current_stream(self._device).record_event(mark)
         return mark
 
-    def copy(
-        self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None
-    ) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: ReadMark) -> None:
         """Copy from page-locked host memory, and return when the bytes are there.
 
         Args:

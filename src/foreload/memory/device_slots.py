@@ -48,7 +48,7 @@ class DeviceSlots:
         self._streams = cuda.CopyStreams(device)
         # By slot: what was asked to read it before it was given away. Written by the compute
         # thread before the slot's copy is queued, read by the threads that copy.
-        self._reads: list[torch.cuda.Event | None] = [None] * num_slots
+        self._reads: list[cuda.ReadMark] = [None] * num_slots
 
     def block(self, slot: int) -> torch.Tensor:
         """View a slot's bytes, (slot_bytes,) uint8 on the device.
