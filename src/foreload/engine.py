@@ -292,6 +292,8 @@ class Engine:
             self._device.release()
         if self._tiers is not None:
             self._tiers.close()
+        if self._staged is not None:
+            self._staged.close()
         if self._arena is not None:
             self._arena.release()
 
@@ -452,7 +454,8 @@ class Engine:
         config, loaded, spec = self.config, self._loaded, self.spec
         device = find_device(config.device)
         sum_rules = find_sum_rules(loaded.sites, self.model.dtype)
-        self.model.to(device)
+        if device != self.model.device:
+            self.model.to(device)
         size = slot_size(loaded.plans)
         num_slots = int(config.expert_memory) // size
         if device.type == "cuda" and host_tier is None:
