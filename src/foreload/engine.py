@@ -42,13 +42,15 @@ from foreload.model.kv_cache import make_kv_cache, rewind
 from foreload.model.runtime import ExpertRuntime
 from foreload.model.self_draft import SelfDraft
 from foreload.model.selfcheck import find_sum_rules
-from foreload.model.sites import EarlyRouter, probe_sites, router_logits
+from foreload.model.sites import router_logits
 from foreload.model.source import resolve_model
-from foreload.ops.scores import ScoreRule
-from foreload.predict.calibration import calibration_path, read_default_vectors
-from foreload.predict.choice import MeasuredChoice
-from foreload.predict.estimator import CorrectedRouter, Estimator, estimator_path, read_estimator
-from foreload.predict.lookahead import DefaultVectors, Lookahead
+from foreload.predictors import (
+    corrected_routers,
+    early_routers,
+    find_routers,
+    make_predictor,
+    make_tensor_predictor,
+)
 from foreload.resolution import (
     default_cache_dir,
     device_slots,
@@ -74,8 +76,8 @@ if TYPE_CHECKING:
     from foreload.model.draft import DraftExperts
     from foreload.model.graph import StepGraph
     from foreload.model.hf import LoadedModel
-    from foreload.model.sites import MoeSite
-    from foreload.predict.estimator import LayerNetwork
+    from foreload.model.sites import EarlyRouter, MoeSite
+    from foreload.predict.estimator import CorrectedRouter, LayerNetwork
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import ModelSpec, Predictor
 
@@ -86,12 +88,6 @@ logger = logging.getLogger(__name__)
 
 _IDLE_ROUNDS = 60
 """Rounds in a row without a draft, probes aside, after which an optional one is dropped."""
-
-_MADE_BY = {
-    "default-vectors": ("a calibration", "calibrate"),
-    "estimator": ("an estimator", "train-estimator"),
-}
-"""What a predictor needs that a verb makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,38 +414,19 @@ class Engine:
 
     def early_routers(self) -> list[EarlyRouter]:
         """Give, per MoE layer, the model's own norm and router, to be asked with any residual."""
-        self._probe()
-        return [EarlyRouter(site) for site in self._loaded.sites]
+        return early_routers(self._loaded)
 
     def corrected_routers(
         self, networks: Mapping[int, LayerNetwork]
     ) -> list[CorrectedRouter | None]:
         """Give, per MoE layer, its router corrected by its network; None where it has none."""
-        routers: list[CorrectedRouter | None] = []
-        for router in self.early_routers():
-            site = router.site
-            network = networks.get(site.layer)
-            if network is None:
-                routers.append(None)
-                continue
-            rule = ScoreRule.SOFTMAX if site.scores is None else site.scores.rule
-            routers.append(
-                CorrectedRouter(
-                    router,
-                    network.to(self.model.device),
-                    rule,
-                    num_experts=site.num_experts,
-                    hidden_size=self.spec.hidden_size,
-                    dtype=self.model.dtype,
-                )
-            )
-        return routers
+        return corrected_routers(self._loaded, networks)
 
     def watch_routers(self) -> None:
         """Show the runtime every router's logits from now on, and how weights are made of them."""
         if self.runtime.score_rules:
             return
-        self._probe()
+        find_routers(self._loaded)
         self.runtime.score_rules = [site.scores for site in self._loaded.sites]
         for site in self._loaded.sites:
             if site.router is not None:
@@ -495,7 +472,7 @@ class Engine:
         )
         switch = None
         if predictor is None and config.predictor != "none":
-            predictor, switch = self._make_predictor(), PrefetchSwitch()
+            predictor, switch = make_predictor(config, loaded, self.cache_dir), PrefetchSwitch()
             self.config = config.with_values(predictor=predictor.name)
         self._runtime = ExpertRuntime(
             tiers,
@@ -523,7 +500,7 @@ class Engine:
         device = find_device(config.device)
         sum_rules = find_sum_rules(loaded.sites, self.model.dtype)
         self.model.to(device)
-        predictor = self._make_tensor_predictor(device)
+        predictor = make_tensor_predictor(config, loaded, self.cache_dir)
         self.config = config.with_values(predictor="none" if predictor is None else predictor.name)
         is_speculating = predictor is not None and isinstance(self._make_policy(), Speculate)
         tokens = config.num_draft_tokens
@@ -548,28 +525,6 @@ class Engine:
         if predictor is not None:
             self._watch_residuals(path.runtime.see_residual)
 
-    def _make_tensor_predictor(self, device: torch.device) -> Lookahead | None:
-        """Make a predictor whose guesses stay on the device; "auto" measures nothing there."""
-        wanted, spec = self.config.predictor, self.spec
-        if wanted == "none":
-            return None
-        routers = self.early_routers()
-        path = calibration_path(self.cache_dir, spec.identity)
-        if wanted == "lookahead" or (wanted == "auto" and not path.is_file()):
-            return Lookahead(routers)
-        if not path.is_file():
-            raise self._nothing_made()
-        shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
-        vectors = read_default_vectors(path, spec.identity, shape)
-        return DefaultVectors(routers, [vector.to(device) for vector in vectors])
-
-    def _nothing_made(self) -> ConfigError:
-        missing, verb = _MADE_BY[self.config.predictor]
-        return ConfigError(
-            f"predictor={self.config.predictor!r} needs {missing}, and there is none",
-            hint=f"run `foreload {verb} {self.config.model}` first",
-        )
-
     def _count(self) -> None:
         """Bring the counters up to date where others have counted."""
         if self._staged is not None:
@@ -584,12 +539,6 @@ class Engine:
         if self.drafter is not None and self._device is None:
             rewind(kv_cache, 0)
         return logits
-
-    def _probe(self) -> None:
-        sites = self._loaded.sites
-        if not any(site.is_predictable for site in sites):
-            probe = torch.tensor([[1, 2, 3, 4] * 4], device=self.model.device)
-            probe_sites(self.model, sites, probe)
 
     def _make_drafter(self, draft: DraftExperts) -> SelfDraft:
         tokens = self.config.num_draft_tokens
@@ -609,7 +558,7 @@ class Engine:
     def _make_policy(self) -> ExecutionPolicy:
         match self.config.policy:
             case "speculate":
-                self._probe()
+                find_routers(self._loaded)
                 if not any(site.is_routing_whole for site in self._loaded.sites[1:]):
                     raise UnsupportedModelError(
                         f"policy='speculate' cannot run {self.spec.architecture}: no router after "
@@ -622,47 +571,8 @@ class Engine:
                 return SpeculateWhen(self.config.confidence)
         return Exact()
 
-    def _make_predictor(self) -> Predictor:
-        routers = self.early_routers()
-        ahead = self.config.lookahead_layers
-        extra = max(1, self.spec.top_k // 2)
-        lookahead = Lookahead(routers, max_distance=ahead, num_extra=extra)
-        if self.config.predictor == "lookahead":
-            return lookahead
-        spec = self.spec
-        shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
-        candidates: list[Predictor] = [lookahead]
-        path = calibration_path(self.cache_dir, spec.identity)
-        if path.is_file() and self.config.predictor != "estimator":
-            vectors = read_default_vectors(path, spec.identity, shape).to(self.model.device)
-            candidates.append(
-                DefaultVectors(routers, list(vectors), max_distance=ahead, num_extra=extra)
-            )
-        path = estimator_path(self.cache_dir, spec.identity)
-        if path.is_file() and self.config.predictor != "default-vectors":
-            trained = read_estimator(path, spec.identity, shape)
-            # Its own default vectors, those it was trained with.
-            vectors = trained.default_vectors.to(self.model.device)
-            candidates.append(
-                Estimator(
-                    self.corrected_routers(trained.networks),
-                    trained.choices,
-                    lookahead=lookahead,
-                    default_vectors=DefaultVectors(
-                        routers, list(vectors), max_distance=ahead, num_extra=extra
-                    ),
-                    num_extra=extra,
-                )
-            )
-        if self.config.predictor == "auto":
-            return MeasuredChoice(candidates) if len(candidates) > 1 else lookahead
-        found = next((c for c in candidates if c.name == self.config.predictor), None)
-        if found is None:
-            raise self._nothing_made()
-        return found
-
     def _watch_residuals(self, see: Callable[[int, Tensor], None]) -> None:
-        self._probe()
+        find_routers(self._loaded)
         for site in self._loaded.sites:
             module = site.residual_module
             if module is None:

@@ -1,0 +1,158 @@
+"""Which predictor a setting makes, from the model's own routers and what was saved for it.
+
+Reads calibrations and estimators from the cache directory; predicts nothing itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from foreload.errors import ConfigError
+from foreload.model.sites import EarlyRouter, probe_sites
+from foreload.ops.scores import ScoreRule
+from foreload.predict.calibration import calibration_path, read_default_vectors
+from foreload.predict.choice import MeasuredChoice
+from foreload.predict.estimator import CorrectedRouter, Estimator, estimator_path, read_estimator
+from foreload.predict.lookahead import DefaultVectors, Lookahead
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from foreload.config import EngineConfig
+    from foreload.model.hf import LoadedModel
+    from foreload.predict.estimator import LayerNetwork
+    from foreload.types import Predictor
+
+__all__ = [
+    "corrected_routers",
+    "early_routers",
+    "find_routers",
+    "make_predictor",
+    "make_tensor_predictor",
+]
+
+_MADE_BY = {
+    "default-vectors": ("a calibration", "calibrate"),
+    "estimator": ("an estimator", "train-estimator"),
+}
+"""What a predictor needs that a verb makes."""
+
+
+def find_routers(loaded: LoadedModel) -> None:
+    """Find, once, what the model's routers are asked with: a small forward tells."""
+    sites = loaded.sites
+    if not any(site.is_predictable for site in sites):
+        probe = torch.tensor([[1, 2, 3, 4] * 4], device=loaded.model.device)
+        probe_sites(loaded.model, sites, probe)
+
+
+def early_routers(loaded: LoadedModel) -> list[EarlyRouter]:
+    """Give, per MoE layer, the model's own norm and router, to be asked with any residual."""
+    find_routers(loaded)
+    return [EarlyRouter(site) for site in loaded.sites]
+
+
+def corrected_routers(
+    loaded: LoadedModel, networks: Mapping[int, LayerNetwork]
+) -> list[CorrectedRouter | None]:
+    """Give, per MoE layer, its router corrected by its network; None where it has none."""
+    model = loaded.model
+    routers: list[CorrectedRouter | None] = []
+    for router in early_routers(loaded):
+        site = router.site
+        network = networks.get(site.layer)
+        if network is None:
+            routers.append(None)
+            continue
+        rule = ScoreRule.SOFTMAX if site.scores is None else site.scores.rule
+        routers.append(
+            CorrectedRouter(
+                router,
+                network.to(model.device),
+                rule,
+                num_experts=site.num_experts,
+                hidden_size=loaded.spec.hidden_size,
+                dtype=model.dtype,
+            )
+        )
+    return routers
+
+
+def make_predictor(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -> Predictor:
+    """Make the predictor of resolved settings; "auto" measures those there is everything for.
+
+    Raises:
+        ConfigError: What it needs has not been made.
+        CheckpointError: What was saved for it is damaged, or another model's.
+    """
+    spec, wanted, device = loaded.spec, config.predictor, loaded.model.device
+    routers = early_routers(loaded)
+    ahead = config.lookahead_layers
+    extra = max(1, spec.top_k // 2)
+    lookahead = Lookahead(routers, max_distance=ahead, num_extra=extra)
+    if wanted == "lookahead":
+        return lookahead
+    shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+    candidates: list[Predictor] = [lookahead]
+    path = calibration_path(cache_dir, spec.identity)
+    if path.is_file() and wanted != "estimator":
+        vectors = read_default_vectors(path, spec.identity, shape).to(device)
+        candidates.append(
+            DefaultVectors(routers, list(vectors), max_distance=ahead, num_extra=extra)
+        )
+    path = estimator_path(cache_dir, spec.identity)
+    if path.is_file() and wanted != "default-vectors":
+        trained = read_estimator(path, spec.identity, shape)
+        # Its own default vectors, those it was trained with.
+        vectors = trained.default_vectors.to(device)
+        candidates.append(
+            Estimator(
+                corrected_routers(loaded, trained.networks),
+                trained.choices,
+                lookahead=lookahead,
+                default_vectors=DefaultVectors(
+                    routers, list(vectors), max_distance=ahead, num_extra=extra
+                ),
+                num_extra=extra,
+            )
+        )
+    if wanted == "auto":
+        return MeasuredChoice(candidates) if len(candidates) > 1 else lookahead
+    found = next((candidate for candidate in candidates if candidate.name == wanted), None)
+    if found is None:
+        raise _nothing_made(config)
+    return found
+
+
+def make_tensor_predictor(
+    config: EngineConfig, loaded: LoadedModel, cache_dir: Path
+) -> Lookahead | None:
+    """Make a predictor whose guesses stay on the device; "auto" measures nothing there.
+
+    Raises:
+        ConfigError: What it needs has not been made.
+        CheckpointError: What was saved for it is damaged, or another model's.
+    """
+    wanted, spec = config.predictor, loaded.spec
+    if wanted == "none":
+        return None
+    routers = early_routers(loaded)
+    path = calibration_path(cache_dir, spec.identity)
+    if wanted == "lookahead" or (wanted == "auto" and not path.is_file()):
+        return Lookahead(routers)
+    if not path.is_file():
+        raise _nothing_made(config)
+    shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+    vectors = read_default_vectors(path, spec.identity, shape).to(loaded.model.device)
+    return DefaultVectors(routers, list(vectors))
+
+
+def _nothing_made(config: EngineConfig) -> ConfigError:
+    missing, verb = _MADE_BY[config.predictor]
+    return ConfigError(
+        f"predictor={config.predictor!r} needs {missing}, and there is none",
+        hint=f"run `foreload {verb} {config.model}` first",
+    )
