@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import zoo
-from fakes import assert_settled, finish, least_memory, make_engine, write_random_vectors
+from fakes import assert_settled, finish, least_memory, make_engine
 from foreload import Engine
 from foreload.config import EngineConfig
 from foreload.engine import Chunk, resolve
@@ -27,7 +27,6 @@ from foreload.memory.arena import slot_bytes
 from foreload.memory.disk import DiskBackend
 from foreload.memory.throttle import ThrottledBackend
 from foreload.model.hf import load_model
-from foreload.predict.choice import MeasuredChoice
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 
 if TYPE_CHECKING:
@@ -554,34 +553,6 @@ class TestOpening:
     def test_a_folder_that_is_not_there_is_a_checkpoint_error(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             Engine.from_pretrained(tmp_path / "nowhere")
-
-    def test_default_vectors_need_a_calibration(self, open_engine: Open, tmp_path: Path) -> None:
-        threads = threading.active_count()
-        with pytest.raises(ConfigError, match="calibration") as caught:
-            open_engine(predictor="default-vectors")
-        assert "foreload calibrate" in str(caught.value.hint)
-        assert threading.active_count() == threads, "a failed start leaves threads behind"
-        engine = open_engine(predictor="default-vectors", cache_dir=tmp_path)
-        assert engine.runtime.predictor.name == "default-vectors"
-
-    def test_auto_measures_the_predictors_it_has(
-        self, open_engine: Open, tmp_path: Path, tiny_checkpoint: Path
-    ) -> None:
-        assert open_engine().runtime.predictor.name == "lookahead"
-        write_random_vectors(tmp_path, load_model(tiny_checkpoint).spec)
-        engine = open_engine(cache_dir=tmp_path)
-        assert isinstance(engine.runtime.predictor, MeasuredChoice)
-        assert open_engine(predictor="none").runtime.predictor is None
-
-    def test_a_damaged_calibration_is_reported(self, open_engine: Open, tmp_path: Path) -> None:
-        engine = open_engine(predictor="default-vectors", cache_dir=tmp_path)
-        (file,) = tmp_path.rglob("*.safetensors")
-        file.write_bytes(b"damage")
-        threads = threading.active_count()
-        with pytest.raises(CheckpointError, match="calibration"):
-            open_engine(cache_dir=tmp_path)
-        assert threading.active_count() == threads
-        assert engine.generate(PROMPT, max_new_tokens=2).finish_reason == "length"
 
 
 @pytest.fixture(scope="module")
