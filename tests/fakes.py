@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from foreload.memory.eviction import EvictionPolicy
+    from foreload.memory.host_tier import HostTier
     from foreload.types import ModelSpec, Predictor, RoutingEvent
 
 T = TypeVar("T")
@@ -228,6 +229,7 @@ def make_engine(
     *,
     predictor: str | Callable[[ModelSpec], Predictor] = "auto",
     backend: Callable[[SlotArena], Any] = DiskBackend,
+    host_tier: Callable[[int], HostTier] | None = None,
     cache_dir: Path | None = None,
     **settings: Any,
 ) -> Engine:
@@ -250,4 +252,5 @@ def make_engine(
         cache_dir=cache_dir or directory / "no-cache",
         predictor=None if isinstance(predictor, str) else predictor(loaded.spec),
         backend=backend,
+        host_tier=host_tier,
     )

@@ -94,7 +94,7 @@ class TestEngineConfig:
             with pytest.raises(ConfigError, match="device="):
                 EngineConfig(device=device)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("how", [{"orchestration": "device"}, {"device": "cuda"}])
+    @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
     @pytest.mark.parametrize(
         "setting",
         [
@@ -106,17 +106,21 @@ class TestEngineConfig:
         ids=str,
     )
     def test_what_only_the_host_can_run_is_refused_elsewhere(
-        self, how: dict[str, Any], setting: dict[str, Any]
+        self, device: str, setting: dict[str, Any]
     ) -> None:
+        how = {"device": device, "orchestration": "device"}
         assert EngineConfig(**how).host_only is None
         (name,) = setting
         assert name in str(EngineConfig(**setting).host_only)
         with pytest.raises(ConfigError, match=f"{name}=.*needs the host"):
             EngineConfig(**how, **setting)
 
-    def test_a_cuda_device_decides_for_itself(self) -> None:
-        with pytest.raises(ConfigError, match="the device itself decides"):
-            EngineConfig(device="cuda:1", orchestration="host")
+    def test_the_host_may_decide_about_a_cuda_device(self) -> None:
+        for setting in ({"orchestration": "host"}, {"policy": "speculate"}, {"eviction": "lfu"}):
+            assert EngineConfig(device="cuda:1", **setting).device == "cuda:1"
+        assert EngineConfig(device="cuda", orchestration="host", draft="auto").draft == "auto"
+        with pytest.raises(ConfigError, match="draft='int8' does not run"):
+            EngineConfig(device="cuda", orchestration="host", draft="int8")
 
     @pytest.mark.parametrize("name", ["lookahead_layers", "num_workers", "prefill_chunk"])
     @pytest.mark.parametrize("value", [0, -1, 1.5, "2", None])

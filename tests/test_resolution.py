@@ -226,7 +226,7 @@ class TestDevice:
             {"draft": "int4", "expert_memory": "60%"},
             {"orchestration": "host"},
             {"device": "cpu"},
-            {"host_memory": 4096},
+            {"host_memory": 4095},
         ],
         ids=str,
     )
@@ -240,8 +240,10 @@ class TestDevice:
     def test_a_cuda_device_that_was_asked_for_is_not_quietly_left_alone(
         self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        with pytest.raises(CapacityError, match="no room for one expert"):
+            resolve(config(device="cuda", host_memory=4095), loaded)
         with pytest.raises(CapacityError, match="do not all fit"):
-            resolve(config(device="cuda", host_memory=4096), loaded)
+            resolve(config(device="cuda", orchestration="device", host_memory="50%"), loaded)
         monkeypatch.setattr(resolution, "find_spec", lambda name: None)
         with pytest.raises(MissingExtraError, match="triton"):
             resolve(config(device="cuda"), loaded)
@@ -250,3 +252,91 @@ class TestDevice:
     def test_without_a_cuda_device_auto_is_the_host(self, loaded: LoadedModel) -> None:
         resolved = resolve(config(), loaded)
         assert (resolved.device, resolved.orchestration) == ("cpu", "host")
+
+
+class TestStaged:
+    """A CUDA device, a stand-in, whose experts come as the host's loop decides."""
+
+    FREE = 10 << 30
+
+    @pytest.fixture(autouse=True)
+    def _has_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda, "has_device", lambda: True)
+        monkeypatch.setattr(
+            cuda, "find_device", lambda name: torch.device("cuda:0" if "cuda" in name else "cpu")
+        )
+        monkeypatch.setattr(cuda, "free_bytes", lambda device: self.FREE)
+        monkeypatch.setattr(resolution, "find_spec", lambda name: object())
+
+    def test_both_memories_are_whole_experts(self, loaded: LoadedModel) -> None:
+        size = slot_size(loaded.plans)
+        asked = config(device="cuda", orchestration="host", host_memory="30%")
+        resolved = resolve(asked, loaded)
+        assert (resolved.device, resolved.orchestration) == ("cuda:0", "host")
+        assert resolved.expert_memory == int(0.8 * 64) * size
+        assert resolved.host_memory == int(0.3 * 64) * size
+        assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
+
+    def test_no_triton_is_needed(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(resolution, "find_spec", lambda name: None)
+        assert resolve(config(device="cuda", orchestration="host"), loaded).device == "cuda:0"
+
+    @pytest.mark.parametrize("device", ["auto", "cuda"])
+    def test_auto_is_the_host_where_not_all_experts_fit(
+        self, loaded: LoadedModel, device: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "foreload")
+        resolved = resolve(config(device=device, host_memory="50%"), loaded)
+        assert (resolved.device, resolved.orchestration) == ("cuda:0", "host")
+        assert resolved.host_memory == 32 * slot_size(loaded.plans)
+        assert "the host decides" in caplog.text
+        assert "do not all fit" in caplog.text
+        assert resolve(config(device=device), loaded).orchestration == "device"
+
+    @pytest.mark.parametrize("setting", [{"policy": "speculate-when"}, {"eviction": "lfu"}], ids=str)
+    def test_auto_is_the_host_where_a_setting_wants_it(
+        self, loaded: LoadedModel, setting: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "foreload")
+        resolved = resolve(config(device="cuda", **setting), loaded)
+        assert (resolved.device, resolved.orchestration) == ("cuda:0", "host")
+        assert "wants it" in caplog.text
+
+    def test_a_part_of_the_machine_is_left_unlocked(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        size = slot_size(loaded.plans)
+        memory = SimpleNamespace(available=40 * size)
+        monkeypatch.setattr(resolution.psutil, "virtual_memory", lambda: memory)
+        asked = config(device="cuda", orchestration="host")
+        assert resolve(asked, loaded).host_memory == 30 * size
+        assert resolve(asked.with_values(host_memory=40 * size), loaded).host_memory == 40 * size
+        with pytest.raises(CapacityError, match="less free memory than host_memory") as caught:
+            resolve(asked.with_values(host_memory=41 * size), loaded)
+        assert caught.value.setting == "host_memory"
+        with pytest.raises(CapacityError, match="no room for one expert") as caught:
+            resolve(asked.with_values(host_memory=size - 1), loaded)
+        assert (caught.value.needed_bytes, caught.value.available_bytes) == (size, size - 1)
+
+    def test_one_layers_needs_are_the_least(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        least = least_memory(loaded)
+        asked = config(device="cuda", orchestration="host", expert_memory=least)
+        assert resolve(asked, loaded).expert_memory == least
+        with pytest.raises(CapacityError, match="one layer's needs"):
+            resolve(asked.with_values(expert_memory=least - 1), loaded)
+        kept = loaded.spec.dense_bytes + (1 << 30) + 512 * kv_bytes_per_token(loaded)
+        size = slot_size(loaded.plans)
+        monkeypatch.setattr(cuda, "free_bytes", lambda device: kept + 7 * size + 1)
+        spare = asked.with_values(expert_memory="auto")
+        assert resolve(spare, loaded).expert_memory == 7 * size
+        monkeypatch.setattr(cuda, "free_bytes", lambda device: loaded.spec.dense_bytes)
+        with pytest.raises(CapacityError, match="the device has less free memory"):
+            resolve(asked, loaded)
+
+    def test_a_draft_that_is_only_allowed_is_left_out(self, loaded: LoadedModel) -> None:
+        asked = config(device="cuda", orchestration="host", draft="auto")
+        assert resolve(asked, loaded).draft == "none"

@@ -121,7 +121,7 @@ def calibrate(
         {min(n, spec.num_experts) for n in (spec.top_k, spec.top_k + 2, 2 * spec.top_k)}
     )
     routers = engine.early_routers()
-    vectors = list(recorder.vectors())
+    vectors = list(recorder.vectors().to(engine.model.device))
     extra = depths[-1] - spec.top_k
     predictors = (
         Lookahead(routers, num_extra=extra),

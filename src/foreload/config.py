@@ -81,11 +81,12 @@ class EngineConfig:
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
         expert_memory: Hard ceiling of the device tier for experts: "auto", a size, or a percentage
             of all experts' bytes.
-        host_memory: Ceiling of the host tier, from which a device fetches experts for itself:
-            "auto", what the machine has to spare, a size, or a percentage of all experts' bytes.
-        orchestration: Who decides which experts are in the device tier: "host", a loop that reads
-            experts from disk, "device", tables on the device itself, all experts being in host
-            memory, or "auto": "device" on a CUDA device.
+        host_memory: Ceiling of the host tier, through which experts get to a device: "auto", what
+            the machine has to spare, a size, or a percentage of all experts' bytes.
+        orchestration: Who decides which experts are in the device tier: "host", a loop that brings
+            experts from disk, on a CUDA device by way of the host tier; "device", tables on the
+            device itself, all experts being in the host tier; or "auto": on a CUDA device "device"
+            where that can be, else "host".
         predictor: "none", "lookahead", "default-vectors", "estimator", or "auto": the best of
             these by recall, measured as text is generated. Prefetching switches itself off while it
             loses.
@@ -181,17 +182,18 @@ class EngineConfig:
             )
 
     def _check_orchestration(self) -> None:
-        if self.device.startswith("cuda") and self.orchestration == "host":
-            raise ConfigError(
-                f"device={self.device!r}: on a CUDA device the device itself decides about experts",
-                hint="use orchestration='device', or device='cpu'",
-            )
-        needs_device = self.device.startswith("cuda") or self.orchestration == "device"
         obstacle = self.host_only
-        if needs_device and obstacle is not None:
+        if self.orchestration == "device" and obstacle is not None:
             raise ConfigError(
                 f"{obstacle} needs the host to decide about experts",
-                hint="use device='cpu' with orchestration='host', or leave it out",
+                hint="use orchestration='host', or leave it out",
+            )
+        is_hosts = self.orchestration == "host" or obstacle is not None
+        if self.device.startswith("cuda") and is_hosts and self.draft not in ("none", "auto"):
+            raise ConfigError(
+                f"draft={self.draft!r} does not run where the host decides about the experts of a "
+                "CUDA device",
+                hint="use draft='none', or device='cpu'",
             )
 
     @property

@@ -28,8 +28,11 @@ from foreload.decode.text import Detokenizer
 from foreload.errors import ConfigError, ForeloadError, UnsupportedModelError
 from foreload.memory.arena import SlotArena
 from foreload.memory.cuda import find_device
+from foreload.memory.device_slots import DeviceSlots
 from foreload.memory.disk import DiskBackend
 from foreload.memory.eviction import make_eviction
+from foreload.memory.host_tier import HostTier
+from foreload.memory.staged import StagedBackend
 from foreload.memory.tiers import ExpertTiers
 from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, Timeline
@@ -155,6 +158,7 @@ class Engine:
         host_progress: Callable[[int, int], None] | None = None,
         draft_progress: Callable[[int, int], None] | None = None,
         backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
+        host_tier: Callable[[int], HostTier] | None = None,
     ) -> None:
         if draft is None and config.orchestration != "device":
             draft = prepare_draft(config, loaded, cache_dir=cache_dir)
@@ -170,7 +174,8 @@ class Engine:
         self._closed = False
         self._handles: list[Any] = []
         self._is_draft_optional = is_draft_optional
-        self._arena: SlotArena | None = None
+        self._arena: SlotArena | DeviceSlots | None = None
+        self._staged: StagedBackend | None = None
         self._tiers: ExpertTiers | None = None
         self._runtime: ExpertRuntime | None = None
         self._device: DevicePath | None = None
@@ -179,7 +184,7 @@ class Engine:
             if config.orchestration == "device":
                 self._open_device_path(host_progress, draft_progress)
             else:
-                self._open_host_path(predictor, draft, backend)
+                self._open_host_path(predictor, draft, backend, host_tier)
         except BaseException:
             self.close()
             raise
@@ -295,6 +300,8 @@ class Engine:
             self._device.release()
         if self._tiers is not None:
             self._tiers.close()
+        if self._staged is not None:
+            self._staged.close()
         if self._arena is not None:
             self._arena.release()
 
@@ -357,6 +364,7 @@ class Engine:
             "recall_at_n": metrics.recall_at_n,
             "prefetch_precision": metrics.prefetch_precision,
             "bytes_moved": metrics.bytes_moved,
+            "host_bytes": metrics.host_bytes,
             "wasted_bytes": metrics.wasted_bytes,
             "stall_s": metrics.stall_s,
             "expert_memory_bytes": self.expert_memory_bytes,
@@ -428,7 +436,7 @@ class Engine:
             routers.append(
                 CorrectedRouter(
                     router,
-                    network,
+                    network.to(self.model.device),
                     rule,
                     num_experts=site.num_experts,
                     hidden_size=self.spec.hidden_size,
@@ -453,17 +461,32 @@ class Engine:
         predictor: Predictor | None,
         draft: DraftExperts | None,
         backend: Callable[[SlotArena], CopyBackend],
+        host_tier: Callable[[int], HostTier] | None,
     ) -> None:
         """Build what brings experts from disk, and let it run the MoE layers."""
         config, loaded, spec = self.config, self._loaded, self.spec
+        device = find_device(config.device)
+        sum_rules = find_sum_rules(loaded.sites, self.model.dtype)
+        if device != self.model.device:
+            self.model.to(device)
         size = slot_size(loaded.plans)
-        # Slots beyond those in use cost nothing: they become the draft's heirs if it is let go of.
-        arena = self._arena = SlotArena(int(config.expert_memory) // size, size)
+        num_slots = int(config.expert_memory) // size
+        if device.type == "cuda" and host_tier is None:
+            host_tier = functools.partial(HostTier, int(config.host_memory), is_page_locked=True)
+        arena: SlotArena | DeviceSlots
+        copies: CopyBackend
+        if host_tier is None:
+            # Slots beyond those in use cost nothing: the draft's heirs if it is let go of.
+            arena = self._arena = SlotArena(num_slots, size)
+            copies = backend(arena)
+        else:
+            arena = self._arena = DeviceSlots(num_slots, size, device)
+            copies = self._staged = StagedBackend(arena, host_tier(size))
         taken = 0 if draft is None else draft.num_bytes
         tiers = self._tiers = ExpertTiers(
             arena,
             loaded.plans,
-            TransferEngine(backend(arena), num_workers=config.num_workers),
+            TransferEngine(copies, num_workers=config.num_workers),
             make_eviction(config.eviction, spec.num_moe_layers, spec.num_experts),
             self.metrics,
             self.timeline,
@@ -478,7 +501,7 @@ class Engine:
             tiers,
             self.metrics,
             self.timeline,
-            sum_rules=find_sum_rules(loaded.sites, self.model.dtype),
+            sum_rules=sum_rules,
             predictor=predictor,
             max_prefetches=most_prefetches(tiers.num_slots, spec.top_k),
             switch=switch,
@@ -548,7 +571,9 @@ class Engine:
         )
 
     def _count(self) -> None:
-        """Bring the counters up to date where the device has counted."""
+        """Bring the counters up to date where others have counted."""
+        if self._staged is not None:
+            self.metrics.host_bytes = self._staged.host_bytes
         if self._device is not None and not self._closed:
             self._device.runtime.count()
 
@@ -609,7 +634,7 @@ class Engine:
         candidates: list[Predictor] = [lookahead]
         path = calibration_path(self.cache_dir, spec.identity)
         if path.is_file() and self.config.predictor != "estimator":
-            vectors = read_default_vectors(path, spec.identity, shape)
+            vectors = read_default_vectors(path, spec.identity, shape).to(self.model.device)
             candidates.append(
                 DefaultVectors(routers, list(vectors), max_distance=ahead, num_extra=extra)
             )
@@ -617,7 +642,7 @@ class Engine:
         if path.is_file() and self.config.predictor != "default-vectors":
             trained = read_estimator(path, spec.identity, shape)
             # Its own default vectors, those it was trained with.
-            vectors = trained.default_vectors
+            vectors = trained.default_vectors.to(self.model.device)
             candidates.append(
                 Estimator(
                     self.corrected_routers(trained.networks),
@@ -738,5 +763,5 @@ def _see_residual(
 def _host_needed() -> ConfigError:
     return ConfigError(
         "this needs the host to decide about experts, and here the device does",
-        hint="use device='cpu' with orchestration='host'",
+        hint="use orchestration='host'",
     )

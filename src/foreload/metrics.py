@@ -28,6 +28,7 @@ class Metrics:
         num_misses: Demand lookups answered by nothing.
         demand_bytes: Bytes copied for demands (a prefetch promoted in flight stays a prefetch).
         prefetch_bytes: Bytes copied on a guess.
+        host_bytes: Of all bytes copied, those found in the host tier; the others came from disk.
         wasted_bytes: Bytes copied on a guess and never demanded before eviction or cancellation.
         num_prefetched: Copies begun on a guess.
         num_prefetched_used: Of these, demanded before they were evicted or cancelled.
@@ -49,6 +50,7 @@ class Metrics:
     num_misses: int = 0
     demand_bytes: int = 0
     prefetch_bytes: int = 0
+    host_bytes: int = 0
     wasted_bytes: int = 0
     num_prefetched: int = 0
     num_prefetched_used: int = 0

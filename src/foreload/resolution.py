@@ -38,6 +38,8 @@ from foreload.model.sites import silenced_experts
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
+
     from foreload.model.draft import DraftExperts
     from foreload.model.hf import LoadedModel
     from foreload.types import ExpertPlan
@@ -58,6 +60,9 @@ _MARGIN_BYTES = 1 << 30
 
 _CONTEXT_TOKENS = 8192
 """Tokens whose keys and values expert_memory="auto" leaves room for on a device, at most."""
+
+_LOCKED_PERCENT = 75
+"""Share of the free host memory that host_memory="auto" locks: it can no longer be swapped out."""
 
 _STREAMED_BLOCKS = 4
 """Blocks on the device through which long inputs stream their experts."""
@@ -111,23 +116,38 @@ def resolve(
 
     Raises:
         ConfigError: There is no such CUDA device.
-        MissingExtraError: A CUDA device was asked for, and there is no triton.
+        MissingExtraError: A CUDA device is to decide for itself, and there is no triton.
         CapacityError: The expert memory is below what one layer and the draft need, or above the
-            machine's; or experts do not fit into the host memory that a device fetches from.
+            machine's; or the host memory is below what the experts of a device need.
         UnsupportedModelError: A device cannot manage these experts, and was asked to.
     """
-    is_asked = config.device.startswith("cuda") or config.orchestration == "device"
-    if is_asked:
+    if config.orchestration == "device":
         return _resolve_device(config, loaded)
+    if config.device.startswith("cuda"):
+        return _resolve_cuda(config, loaded)
     if config.device == "auto" and config.orchestration == "auto" and cuda.has_device():
         if config.host_only is not None:
             logger.info("%s runs on the CPU only", config.host_only)
         else:
             try:
-                return _resolve_device(config, loaded)
+                return _resolve_cuda(config, loaded)
             except (CapacityError, MissingExtraError, UnsupportedModelError) as error:
                 logger.warning("the CUDA device is left alone: %s", error)
     return _resolve_host(config, loaded, cache_dir)
+
+
+def _resolve_cuda(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
+    """Resolve settings for a CUDA device: it decides for itself where it can."""
+    reason = f"{config.host_only} wants it" if config.host_only else "it was asked for"
+    if config.orchestration == "auto" and config.host_only is None:
+        try:
+            return _resolve_device(config, loaded)
+        except (CapacityError, UnsupportedModelError) as error:
+            if config.draft not in ("none", "auto"):
+                raise
+            reason = str(error)
+    logger.info("the host decides about the CUDA device's experts: %s", reason)
+    return _resolve_staged(config, loaded)
 
 
 def _resolve_host(
@@ -175,6 +195,47 @@ def _resolve_host(
     )
 
 
+def _resolve_staged(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
+    """Resolve settings for a CUDA device whose experts come as the host's loop decides."""
+    spec = loaded.spec
+    device = cuda.find_device("cuda" if config.device == "auto" else config.device)
+    size = slot_size(loaded.plans)
+    whole = size * sum(len(layer) for layer in loaded.plans)
+    available = psutil.virtual_memory().available
+    host = available * _LOCKED_PERCENT // 100
+    if config.host_memory != "auto":
+        host = parse_size(config.host_memory, whole_bytes=whole, setting="host_memory")
+    host = min(whole, host)
+    if not size <= host <= available:
+        raise CapacityError(
+            "host_memory has no room for one expert"
+            if host < size
+            else "the machine has less free memory than host_memory asks for",
+            needed_bytes=max(host, size),
+            available_bytes=min(host, available),
+            setting="host_memory",
+        )
+    budget = _device_budget(config, whole, *_device_room(device, loaded))
+    least = least_memory(loaded)
+    if budget < least:
+        raise CapacityError(
+            f"expert_memory is below one layer's needs ({spec.top_k} experts at work and one on "
+            "its way)",
+            needed_bytes=least,
+            available_bytes=max(budget, 0),
+            setting="expert_memory",
+        )
+    return config.with_values(
+        device=str(device),
+        orchestration="host",
+        dtype=spec.dtype,
+        expert_memory=budget // size * size,
+        host_memory=host // size * size,
+        draft="none",
+        num_draft_tokens="auto",
+    )
+
+
 def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     """Resolve settings for experts that lie in host memory, and slots that the device manages."""
     wants_cuda = config.device == "auto" and cuda.has_device()
@@ -203,25 +264,11 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
             setting="host_memory",
         )
     if device.type == "cuda":
-        # The dense weights are not there yet.
-        room = cuda.free_bytes(device) - spec.dense_bytes - _STREAMED_BLOCKS * size
-        context = min(loaded.generation.max_positions or _CONTEXT_TOKENS, _CONTEXT_TOKENS)
-        spare = room - context * kv_bytes_per_token(loaded) - _MARGIN_BYTES
+        room, spare = _device_room(device, loaded, _STREAMED_BLOCKS * size)
     else:
         room = available - whole
         spare = room - _MARGIN_BYTES
-    if config.expert_memory == "auto":
-        budget = min(whole + drafted, spare)
-    else:
-        asked = parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
-        budget = min(whole + drafted, asked)
-        if budget > room:
-            raise CapacityError(
-                "the device has less free memory than expert_memory asks for",
-                needed_bytes=budget,
-                available_bytes=max(room, 0),
-                setting="expert_memory",
-            )
+    budget = _device_budget(config, whole, room, spare, draft_bytes=drafted)
     # A verification runs over two tokens at least.
     num_tokens = 1 if draft == "none" else 2
     least = min(num_tokens * spec.top_k, spec.num_experts) * layer_slot + drafted
@@ -261,6 +308,48 @@ def _device_draft_bytes(loaded: LoadedModel, draft: str) -> int:
         return 0
     size = block_bytes(draft_layouts(loaded, device_layouts(loaded), draft))
     return loaded.spec.num_moe_layers * loaded.spec.num_experts * size
+
+
+def _device_room(
+    device: torch.device, loaded: LoadedModel, other_bytes: int = 0
+) -> tuple[int, int]:
+    """Give the bytes a CUDA device has for slots at most, and those it can spare for them.
+
+    Args:
+        device: The device.
+        loaded: The model.
+        other_bytes: What else of the experts is kept there.
+    """
+    # The dense weights are not there yet.
+    room = cuda.free_bytes(device) - loaded.spec.dense_bytes - other_bytes
+    context = min(loaded.generation.max_positions or _CONTEXT_TOKENS, _CONTEXT_TOKENS)
+    return room, room - context * kv_bytes_per_token(loaded) - _MARGIN_BYTES
+
+
+def _device_budget(
+    config: EngineConfig, whole: int, room: int, spare: int, *, draft_bytes: int = 0
+) -> int:
+    """Give the bytes that experts may take of a device: what it can spare, or what was asked for.
+
+    Args:
+        config: The settings.
+        whole: Bytes of all experts.
+        room: Bytes the device has for them at most.
+        spare: Bytes it can spare.
+        draft_bytes: Bytes of a draft, taken from the same.
+    """
+    if config.expert_memory == "auto":
+        return min(whole + draft_bytes, spare)
+    asked = parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
+    budget = min(whole + draft_bytes, asked)
+    if budget > room:
+        raise CapacityError(
+            "the device has less free memory than expert_memory asks for",
+            needed_bytes=budget,
+            available_bytes=max(room, 0),
+            setting="expert_memory",
+        )
+    return budget
 
 
 def _draft_fits(

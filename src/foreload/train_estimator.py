@@ -145,8 +145,8 @@ def train_estimator(
         note: Called with a line after each pass.
 
     Raises:
-        ConfigError: The text is too short, the engine has no predictor, or an interrupted training
-            had other settings.
+        ConfigError: The text is too short, the engine has no predictor or is not on the CPU, or an
+            interrupted training had other settings.
         CheckpointError: The estimator cannot be saved; an earlier one is left as it was.
         UnsupportedModelError: The routers cannot be asked early, or do not read the residual
             stream.
@@ -158,6 +158,12 @@ def train_estimator(
         raise ConfigError(
             "training watches the residual stream, and this engine does not",
             hint='open the engine with predictor="lookahead"',
+        )
+    if engine.model.device.type != "cpu":
+        raise ConfigError(
+            f"training keeps what it learns from on the CPU, and the model is on "
+            f"{engine.model.device}",
+            hint="open the engine with device='cpu'; any device finds the estimator",
         )
     _check_routers(engine)
     token_ids = encode(engine, text, max_tokens)

@@ -60,12 +60,13 @@ def logits_of(engine: Engine, prompt: list[int], cache: Any) -> Iterator[torch.T
     """Yield the logits of a prompt and of fixed tokens behind it."""
     generator = torch.Generator().manual_seed(0)
     more = torch.randint(3, zoo.VOCABULARY, (NUM_DECODED,), generator=generator).tolist()
-    with torch.inference_mode():
-        for ids in (prompt, *([token] for token in more)):
+    for ids in (prompt, *([token] for token in more)):
+        # Never across a yield: two that take turns would leave the mode switched on.
+        with torch.inference_mode():
             output = engine.model(
                 input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
             )
-            yield output.logits
+        yield output.logits
 
 
 def check(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -121,3 +122,93 @@ class TestSideStream:
             ("off", side),
             ("main waits", "event"),
         ]
+
+
+class TestCopyStreams:
+    def test_on_the_cpu_a_copy_is_a_copy(self) -> None:
+        cpu = torch.device("cpu")
+        streams = cuda.CopyStreams(cpu)
+        target = torch.zeros(4, dtype=torch.uint8)
+        streams.order_reads()
+        streams.copy(target, torch.arange(4, dtype=torch.uint8), streams.mark_reads())
+        assert target.tolist() == [0, 1, 2, 3]
+        cuda.wait_idle(cpu)
+
+    def test_copies_wait_for_marked_reads_of_any_stream(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log: list[tuple[object, ...]] = []
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                log.append((self.name, "waits for all of", other.name))
+
+            def wait_event(self, event: Event) -> None:
+                log.append((self.name, "waits for", event.marked))
+
+            def record_event(self, event: Event) -> None:
+                event.marked = f"{self.name} at {len(log)}"
+
+        class Event:
+            marked = ""
+
+            def __init__(self, *, blocking: bool = False) -> None:
+                self.blocking = blocking
+
+            def synchronize(self) -> None:
+                log.append(("host waits for", self.marked, self.blocking))
+
+        class Target:
+            def copy_(self, source: object, *, non_blocking: bool) -> None:
+                log.append(("copy", source, non_blocking))
+
+        @contextmanager
+        def on_stream(stream: Stream) -> Iterator[None]:
+            log.append(("on", stream.name))
+            yield
+            log.append(("off", stream.name))
+
+        made: list[Stream] = []
+
+        def make_stream(device: torch.device) -> Stream:
+            made.append(Stream(f"side {len(made)}"))
+            return made[-1]
+
+        current = {"stream": Stream("main")}
+        other = Stream("other")
+        monkeypatch.setattr(torch.cuda, "Stream", make_stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current["stream"])
+        monkeypatch.setattr(torch.cuda, "stream", on_stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append(("idle", device)))
+        device = torch.device("cuda", 0)
+        streams = cuda.CopyStreams(device)
+        streams.order_reads()
+        streams.order_reads()
+        assert log == [], "one stream orders itself"
+        current["stream"] = other
+        mark = streams.mark_reads()
+        assert log == [("other", "waits for all of", "main")]
+        log.clear()
+        target: torch.Tensor = Target()  # type: ignore[assignment]
+        streams.copy(target, "piece", mark)  # type: ignore[arg-type]
+        assert log == [
+            ("side 0", "waits for", "other at 1"),
+            ("on", "side 0"),
+            ("copy", "piece", True),
+            ("off", "side 0"),
+            ("host waits for", "side 0 at 4", True),
+        ]
+        log.clear()
+        streams.copy(target, "piece", None)  # type: ignore[arg-type]
+        assert log[0] == ("on", "side 0"), "a thread keeps its stream"
+        thread = threading.Thread(target=streams.copy, args=(target, "piece", None))
+        thread.start()
+        thread.join()
+        assert [stream.name for stream in made] == ["side 0", "side 1"]
+        log.clear()
+        cuda.wait_idle(device)
+        assert log == [("idle", device)]

@@ -39,7 +39,7 @@ HELP = {
     "device": "Where the model computes; auto takes a CUDA device that runs these settings.",
     "dtype": "Element type in memory; auto is the checkpoint's own.",
     "expert_memory": 'Ceiling of the memory for experts: auto, "2GiB", or "25%" of all experts.',
-    "host_memory": "Ceiling of the host tier, from which a device fetches experts for itself.",
+    "host_memory": "Ceiling of the host tier, through which experts get to a device.",
     "orchestration": "Who decides which experts are on the device: the host, or the device.",
     "predictor": "Who guesses the coming experts; auto takes what pays on this machine.",
     "lookahead_layers": "How many MoE layers ahead to guess.",

@@ -36,8 +36,7 @@ def open_engine(
         needs_host: Whether the verb watches routing, which only the host's loop shows: "auto"
             is that one then.
     """
-    is_open = settings.orchestration == "auto" and not settings.device.startswith("cuda")
-    if needs_host and is_open:
+    if needs_host and settings.orchestration == "auto":
         settings = settings.with_values(orchestration="host")
     with terminal.status("Starting"):
         from foreload.engine import Engine

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from foreload.types import ExpertPlan
 
-__all__ = ["ALIGNMENT", "SlotArena", "slot_bytes", "span_positions"]
+__all__ = ["ALIGNMENT", "SlotArena", "slot_bytes", "span_positions", "view_expert"]
 
 ALIGNMENT = 4096
 """Bytes; direct reads want file offset, length and address to be multiples of it."""
@@ -66,6 +66,20 @@ def slot_bytes(plan: ExpertPlan) -> int:
     return math.ceil(used / ALIGNMENT) * ALIGNMENT
 
 
+def view_expert(block: torch.Tensor, plan: ExpertPlan) -> dict[str, torch.Tensor]:
+    """View a slot's bytes as the parameters of the expert that `plan` brought there.
+
+    Args:
+        block: (slot bytes,) uint8, on any device.
+        plan: How the expert was brought.
+    """
+    views = {}
+    for tensor, start in zip(plan.tensors, tensor_positions(plan), strict=True):
+        raw = block[start : start + tensor.num_bytes]
+        views[tensor.name] = raw.view(getattr(torch, tensor.dtype)).view(tensor.shape)
+    return views
+
+
 class SlotArena:
     """Equal slots in one anonymous mapping; pages become resident when first written.
 
@@ -106,27 +120,37 @@ class SlotArena:
         start = slot * self.slot_bytes
         return memoryview(self._map)[start : start + self.slot_bytes]
 
+    def block(self, slot: int) -> torch.Tensor:
+        """View a slot's bytes, (slot_bytes,) uint8.
+
+        Raises:
+            ForeloadError: The memory was released.
+        """
+        if not len(self._bytes):
+            raise ForeloadError("the expert memory is closed", hint="open a new engine")
+        start = slot * self.slot_bytes
+        return self._bytes[start : start + self.slot_bytes]
+
     def tensors(self, slot: int, plan: ExpertPlan) -> dict[str, torch.Tensor]:
         """View a slot as the parameters of the expert that `plan` brought there.
 
         Raises:
             ForeloadError: The memory was released.
         """
-        memory = self._bytes
-        if not len(memory):
-            raise ForeloadError("the expert memory is closed", hint="open a new engine")
-        base = slot * self.slot_bytes
-        views = {}
-        for tensor, position in zip(plan.tensors, tensor_positions(plan), strict=True):
-            start = base + position
-            raw = memory[start : start + tensor.num_bytes]
-            views[tensor.name] = raw.view(getattr(torch, tensor.dtype)).view(tensor.shape)
-        return views
+        return view_expert(self.block(slot), plan)
+
+    def before_reads(self) -> None:
+        """Do nothing: the processor has read what it was asked to read."""
+
+    def before_write(self, slot: int) -> None:
+        """Do nothing, as above."""
 
     def write(self, slot: int, plan: ExpertPlan, values: Mapping[str, torch.Tensor]) -> None:
         """Copy converted parameters into a slot."""
-        for name, view in self.tensors(slot, plan).items():
-            view.copy_(values[name])
+        # Memory that was made in inference mode can be written to only there, on any thread.
+        with torch.inference_mode():
+            for name, view in self.tensors(slot, plan).items():
+                view.copy_(values[name])
 
     def release(self) -> None:
         """Give the memory back once the last view of it is gone: until then all stay readable."""

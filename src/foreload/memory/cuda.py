@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 __all__ = [
+    "CopyStreams",
+    "ReadMark",
     "SideStream",
     "cpus_near",
     "find_device",
@@ -29,6 +32,7 @@ __all__ = [
     "on_device",
     "page_lock",
     "page_unlock",
+    "wait_idle",
 ]
 
 logger = logging.getLogger(__name__)
@@ -71,6 +75,12 @@ def free_bytes(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + reserve)
+
+
+def wait_idle(device: torch.device) -> None:
+    """Wait until a device has done all it was asked to do; the CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def page_lock(address: int, num_bytes: int) -> None:
@@ -168,3 +178,75 @@ class SideStream:
         """Let what is asked for from now on wait for marked work; the host does not."""
         if self._stream is not None and mark is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(mark)
+
+
+ReadMark: TypeAlias = torch.cuda.Event | None
+"""What was asked to read, for a copy to wait for; None on the CPU, which has read it."""
+
+
+class CopyStreams:
+    """Copies to a device by several threads, each on a stream of its own beside the computation.
+
+    A computation is asked for long before it is done, so nobody may overwrite what it reads only
+    because it was asked for. The other way round there is nothing to order: a copy returns when
+    its bytes are there, and only then is anything asked to read them. On the CPU what was asked
+    for has been done.
+
+    Args:
+        device: Where the copies go.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._local = threading.local()
+        self._reader: torch.cuda.Stream | None = None
+
+    def order_reads(self) -> None:
+        """Order what this thread asks for from now on behind all that was asked for before.
+
+        One stream orders itself. Where callers use several, each waits for the one before it, so
+        that the last of them is behind everything.
+        """
+        if self._device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(self._device)
+        if self._reader is not None and self._reader != current:
+            current.wait_stream(self._reader)
+        self._reader = current
+
+    def mark_reads(self) -> ReadMark:
+        """Mark all that has been asked for so far, for a copy to wait for."""
+        if self._device.type != "cuda":
+            return None
+        self.order_reads()
+        mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(self._device).record_event(mark)
+        return mark
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: ReadMark) -> None:
+        """Copy from page-locked host memory, and return when the bytes are there.
+
+        Args:
+            target: (n,) uint8 on the device.
+            source: (n,) uint8 in host memory; free to be overwritten afterwards.
+            after: What must be over before `target` is written to.
+        """
+        if self._device.type != "cuda":
+            target.copy_(source)
+            return
+        stream = self._stream()
+        if after is not None:
+            stream.wait_event(after)
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+        # A thread that waits asleep leaves the processor to the others.
+        arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        stream.record_event(arrived)
+        arrived.synchronize()
+
+    def _stream(self) -> torch.cuda.Stream:
+        held: torch.cuda.Stream | None = getattr(self._local, "stream", None)
+        if held is None:
+            held = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._local.stream = held
+        return held

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from foreload.errors import TransferError
-from foreload.memory.arena import ALIGNMENT, span_positions
+from foreload.memory.arena import ALIGNMENT, slot_bytes, span_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from foreload.memory.arena import SlotArena
-    from foreload.types import ExpertPlan
+    from foreload.types import ExpertPlan, Span
 
     Preadv = Callable[[int, list[memoryview], int], int]
 
@@ -71,18 +71,17 @@ class DiskBackend:
         """
         if plan.convert is not None:
             return self._copy_converted(plan, slot)
-        target = self._arena.buffer(slot)
-        for span, (at, first, length) in zip(plan.spans, span_positions(plan), strict=True):
-            pieces = -(-length // self._piece_bytes)
-            if piece < pieces:
-                start = piece * self._piece_bytes
-                size = min(self._piece_bytes, length - start)
-                needed = min(size, span.offset + span.num_bytes - first - start)
-                view = target[at + start : at + start + size]
-                self._read(span.path, view, first + start, needed)
-                return size
-            piece -= pieces
-        raise IndexError(piece)
+        span, at, first, size = self._locate(plan, piece)
+        needed = min(size, span.offset + span.num_bytes - first)
+        self._read(span.path, self._arena.buffer(slot)[at : at + size], first, needed)
+        return size
+
+    def piece_range(self, plan: ExpertPlan, piece: int) -> tuple[int, int]:
+        """Give where in its slot a piece lies: its first byte, and the one behind its last."""
+        if plan.convert is not None:
+            return 0, slot_bytes(plan)
+        _, at, _, size = self._locate(plan, piece)
+        return at, at + size
 
     def close(self) -> None:
         """Close the files; a later copy opens them again."""
@@ -91,6 +90,16 @@ class DiskBackend:
                 os.close(file.descriptor)
             self._files.clear()
             self._replaced.clear()
+
+    def _locate(self, plan: ExpertPlan, piece: int) -> tuple[Span, int, int, int]:
+        """Give a piece's span, place in the slot, offset in the file, and bytes."""
+        for span, (at, first, length) in zip(plan.spans, span_positions(plan), strict=True):
+            pieces = -(-length // self._piece_bytes)
+            if piece < pieces:
+                start = piece * self._piece_bytes
+                return span, at + start, first + start, min(self._piece_bytes, length - start)
+            piece -= pieces
+        raise IndexError(piece)
 
     def _copy_converted(self, plan: ExpertPlan, slot: int) -> int:
         if plan.convert is None:

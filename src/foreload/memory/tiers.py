@@ -31,13 +31,19 @@ __all__ = ["Demand", "ExpertTiers", "Slots"]
 
 
 class Slots(Protocol):
-    """The slots' memory; `memory.arena.SlotArena` is the real one."""
+    """The slots' memory: `memory.arena.SlotArena`, or `memory.device_slots.DeviceSlots`."""
 
     num_slots: int
     slot_bytes: int
 
     def tensors(self, slot: int, plan: ExpertPlan) -> dict[str, Tensor]:
         """View a slot as the parameters of the expert that `plan` brought there."""
+
+    def before_reads(self) -> None:
+        """Order what will be asked to read slots behind what was asked before."""
+
+    def before_write(self, slot: int) -> None:
+        """Let the next copy into a slot wait for what has been asked to read it."""
 
 
 class ExpertTiers:
@@ -125,6 +131,7 @@ class ExpertTiers:
         There is one demand at a time: what an abandoned one still holds is let go.
         """
         self._drop_demand()
+        self._arena.before_reads()
         self._demand = Demand(self)
         self._demand.ask([ExpertKey(layer, expert) for expert in experts])
         return self._demand
@@ -262,6 +269,7 @@ class ExpertTiers:
         self._failed.pop(key, None)
         plan = self._plan(key)
         try:
+            self._arena.before_write(reservation.slot)
             transfer = self._transfers.submit(key, plan, reservation.slot, priority, order=order)
         except BaseException:
             self.cache.abort(key)

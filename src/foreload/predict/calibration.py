@@ -38,7 +38,7 @@ class DefaultVectorRecorder:
 
     def add(self, layer: int, expert: int, output: Tensor) -> None:
         """Add an expert's outputs, (n, H), before the routing weights."""
-        self._sum[layer, expert] += output.float().sum(0)
+        self._sum[layer, expert] += output.float().sum(0).cpu()
         self._count[layer, expert] += output.shape[0]
 
     @property

@@ -105,7 +105,7 @@ class CorrectedRouter:
 
     Args:
         router: The router, ahead of time.
-        network: Its network.
+        network: Its network, where the router is.
         rule: How the router makes scores of logits.
         num_experts: E.
         hidden_size: H.
@@ -125,7 +125,8 @@ class CorrectedRouter:
         self.router = router
         self.network = network
         self.rule = rule
-        self._directions = _directions(router, rule, (num_experts, hidden_size), dtype)
+        device = network.outer.weight.device
+        self._directions = _directions(router, rule, (num_experts, hidden_size), dtype, device)
 
     def ask(self, hidden: Tensor, previous: Tensor) -> RouterOutput:
         """Give the router's answer; differentiable in the logits.
@@ -143,12 +144,16 @@ class CorrectedRouter:
 
 
 def _directions(
-    router: _Router, rule: ScoreRule, shape: tuple[int, int], dtype: torch.dtype
+    router: _Router,
+    rule: ScoreRule,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """Give per expert the least change of a unit input that raises its logit by one, (E, H)."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():
-        point = torch.randn(shape[1], generator=generator)
+        point = torch.randn(shape[1], generator=generator).to(device)
         points = point.expand(shape).clone().requires_grad_()
         output = router.route(points.to(dtype))
         if output is None or output.logits is None:
@@ -158,7 +163,7 @@ def _directions(
         scores = rule.log_scores(output.logits) if is_score else output.logits.float()
         (slopes,) = torch.autograd.grad(scores.diagonal().sum(), points)
     gram = slopes @ slopes.T
-    damping = _DAMPING * gram.diagonal().mean() * torch.eye(shape[0])
+    damping = _DAMPING * gram.diagonal().mean() * torch.eye(shape[0], device=device)
     directions: Tensor = torch.linalg.solve(gram + damping, slopes)
     return directions
 

@@ -48,6 +48,12 @@ class VirtualSlots:
         """Give no parameters: there are none."""
         return {}
 
+    def before_reads(self) -> None:
+        """Do nothing: nothing is read."""
+
+    def before_write(self, slot: int) -> None:
+        """Do nothing, as above."""
+
 
 @dataclass(slots=True)
 class _Worker:
