@@ -100,9 +100,9 @@ def test_the_demo_says_the_same_with_a_draft(number: int | str) -> None:
     demo = resolve_model("demo")
     prompts = ("def fibonacci(n):\n", "class Queue:\n    ")
     with open_device(demo, expert_memory="50%") as engine:
-        wanted = [engine.generate(prompt, max_new_tokens=32) for prompt in prompts]
+        wanted = [engine.generate(prompt, max_new_tokens=20) for prompt in prompts]
     with open_device(demo, expert_memory="100%", draft="int4", num_draft_tokens=number) as engine:
-        found = [engine.generate(prompt, max_new_tokens=32) for prompt in prompts]
+        found = [engine.generate(prompt, max_new_tokens=20) for prompt in prompts]
         check(engine)
     assert [result.token_ids for result in found] == [result.token_ids for result in wanted]
     if number == 4:

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from foreload.errors import UnsupportedModelError
-from foreload.model.device_plan import block_bytes, device_layouts, kv_bytes_per_token
+from foreload.model.device_plan import (
+    block_bytes,
+    device_layouts,
+    draft_layouts,
+    kv_bytes_per_token,
+    most_step_tokens,
+)
 from foreload.model.hf import load_model
+from foreload.ops.device_experts import MAX_TOKENS
+from foreload.ops.device_layout import StoredFormat
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,3 +69,39 @@ def test_a_token_in_the_cache_takes_its_keys_and_values(loaded: LoadedModel) -> 
     config = loaded.model.config
     each = config.num_key_value_heads * config.head_dim * 2 * 4
     assert kv_bytes_per_token(loaded) == config.num_hidden_layers * each
+
+
+def test_a_drafts_layouts_are_the_targets_quantised(loaded: LoadedModel) -> None:
+    layouts = device_layouts(loaded)
+    for kind in ("int4", "int8"):
+        for target, draft in zip(layouts, draft_layouts(loaded, layouts, kind), strict=True):
+            assert draft.first.stored is draft.down.stored is StoredFormat(kind)
+            assert (draft.dtype, draft.hidden_size) == (target.dtype, target.hidden_size)
+            # 48 columns: not even 32 of them share a scale.
+            assert draft.down.scale_columns == 16
+            assert draft.num_bytes < target.num_bytes
+
+
+def test_a_draft_whose_groups_do_not_fit_is_refused(loaded: LoadedModel) -> None:
+    narrow = {(96, 64): (80, 64), (64, 48): (64, 40)}
+    plans = [
+        [
+            dataclasses.replace(
+                plan,
+                tensors=tuple(
+                    dataclasses.replace(t, shape=narrow.get(t.shape, t.shape)) for t in plan.tensors
+                ),
+            )
+            for plan in row
+        ]
+        for row in loaded.plans
+    ]
+    other = dataclasses.replace(loaded, plans=plans)
+    layouts = device_layouts(other)
+    with pytest.raises(UnsupportedModelError, match="has no int4 draft"):
+        draft_layouts(other, layouts, "int4")
+
+
+def test_slots_bound_the_tokens_of_a_step(loaded: LoadedModel) -> None:
+    found = [most_step_tokens(number, loaded.spec) for number in (3, 4, 8, 15, 16)]
+    assert found == [0, 1, 2, 3, MAX_TOKENS], "four experts a token, of sixteen"

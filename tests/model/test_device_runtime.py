@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from foreload.model.device_runtime import DeviceRuntime
 from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
 from foreload.ops.device_layout import StoredFormat, expert_layout, pack_expert
 from foreload.ops.reference import SumRule, accumulate, expert_forward, group_by_expert
+from foreload.types import RouterOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +39,7 @@ MODULE: Any = SimpleNamespace(
 class Setup:
     """A runtime over random experts, and what it should compute."""
 
-    def __init__(self, num_slots: int, name_experts: Any = None) -> None:
+    def __init__(self, num_slots: int, name_experts: Any = None, route_next: Any = None) -> None:
         generator = torch.Generator().manual_seed(0)
         shapes = {"gate_up_proj": (2 * INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
         layout = expert_layout(MODULE, shapes, StoredFormat.FLOAT32, dtype=torch.float32)
@@ -67,6 +69,7 @@ class Setup:
             metrics=self.metrics,
             device=CPU,
             name_experts=name_experts,
+            route_next=route_next,
         )
 
     def run(self, layer: int, index: Tensor, *, residual: bool = True) -> None:
@@ -141,6 +144,74 @@ def test_only_single_tokens_are_named_for() -> None:
     setup.run(0, ids((0, 1)))
     assert len(asked) == 1
     assert not setup.metrics.num_prefetched, "nothing was named"
+
+
+class PaperDraft:
+    """Gives zeros, and wants what it is told."""
+
+    def __init__(self, named: Tensor) -> None:
+        self.named = named
+        self.noted: list[int] = []
+        self.ran: list[int] = []
+
+    def run(self, layer: int, experts: Any, hidden_states: Tensor, routing: Any) -> Tensor:
+        self.ran.append(layer)
+        return torch.zeros_like(hidden_states)
+
+    def note(self, layer: int, top_k_index: Tensor) -> Tensor:
+        self.noted.append(layer)
+        return self.named
+
+
+def test_a_draft_computes_and_brings_the_targets_experts() -> None:
+    asked: list[RoutingEvent] = []
+    setup = Setup(4, asked.append)
+    setup.run(0, ids((0, 1), (2, 3)))
+    asked.clear()
+    draft = PaperDraft(ids((4, 1), (5, -1)))
+    hidden = torch.ones(1, HIDDEN)
+    with setup.runtime.drafting(draft):
+        for layer in range(LAYERS):
+            setup.runtime.see_residual(layer, hidden)
+            output = setup.runtime.run_layer(layer, MODULE, hidden, ids((4, 1)), torch.ones(1, 2))
+            assert not output.any()
+    assert draft.noted == draft.ran == [0, 1, 2]
+    assert not asked, "nothing is guessed while drafting"
+    assert not setup.runtime._residuals
+    # What was wanted just now leaves for what was named, and what was named does not.
+    assert [setup.is_in_slot(0, e) for e in range(6)] == [False, True, False, True, True, True]
+    setup.experts.tables.check()
+    setup.runtime.count()
+    assert setup.metrics.num_steps == 1, "the draft's steps are none"
+    setup.run(0, ids((4, 5), (1, 4)))
+    setup.runtime.count()
+    assert setup.metrics.num_prefetched_used == 2
+
+
+def test_a_guess_is_executed_where_it_was_made_for() -> None:
+    def route_next(event: RoutingEvent) -> RouterOutput:
+        assert event.residual is not None
+        index = (event.top_k_index + 1) % EXPERTS
+        return RouterOutput(index, torch.full((1, TOP_K), 0.5), None)
+
+    for prompt in (False, True):
+        setup = Setup(EXPERTS, route_next=route_next)
+        hidden = torch.ones(1, HIDDEN)
+        with setup.runtime.prefilling() if prompt else nullcontext():
+            for layer in range(LAYERS):
+                setup.runtime.see_residual(layer, hidden)
+                setup.runtime.run_layer(layer, MODULE, hidden, ids((0, 1)), torch.ones(1, 2))
+        # Whoever was executed was wanted in its layer's last visit.
+        stamps = [setup.experts.tables.stamp[layer] for layer in range(LAYERS)]
+        slots = [setup.experts.tables.slot_of[layer].tolist() for layer in range(LAYERS)]
+        executed = [
+            {e for e in range(EXPERTS) if slot[e] >= 0 and stamp[slot[e]] == 1}
+            for slot, stamp in zip(slots, stamps, strict=True)
+        ]
+        assert executed == ([{0, 1}] * 3 if prompt else [{0, 1}, {1, 2}, {1, 2}])
+        setup.runtime.count()
+        metrics = setup.metrics
+        assert (metrics.num_executed, metrics.num_speculated) == (6, 0 if prompt else 2)
 
 
 def test_a_long_input_leaves_the_last_tokens_experts_behind() -> None:

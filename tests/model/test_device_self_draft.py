@@ -191,10 +191,13 @@ def test_steps_serve_round_after_round(engine: Engine) -> None:
         assert widths == [1, 1 + DRAFTED]
 
 
-def test_what_slots_cannot_serve_is_not_captured(tiny_checkpoint: Path) -> None:
+def test_what_slots_cannot_serve_is_not_captured(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with open_drafting(tiny_checkpoint, expert_memory="100%", num_draft_tokens=6) as engine:
         drafter = drafter_of(engine)
         assert 2 <= drafter._most_step_tokens < 7
+        assert "verified past them" in caplog.text
         with prefilled(engine) as step:
             step._is_capturing = True
             for num_tokens in range(2, 8):

@@ -84,7 +84,7 @@ class DeviceDraft:
             the rows of those to come. No host sync.
         """
         rows = self._index[layer, :, : top_k_index.shape[1]]
-        rows.index_copy_(0, self._position, top_k_index)
+        rows.index_copy_(0, self._position, top_k_index.to(rows.dtype))
         return rows
 
     def end_token(self) -> None:

@@ -161,35 +161,18 @@ class DevicePath:
                 most_positions=loaded.generation.max_positions,
                 on_broken=self.runtime.abandon,
             )
-            if draft == "none":
-                return
-            most = most_step_tokens(num_slots, spec)
-            governor = Governor(most=min(most - 1, _MOST_DRAFTED), pinned=num_draft_tokens)
-            draft_blocks = draft_layouts(loaded, layouts, draft)
-            self.drafter = DeviceSelfDraft(
-                self.runtime,
-                self._steps,
-                metrics,
-                governor,
-                DeviceDraft(
+            if draft != "none":
+                self.drafter = self._make_drafter(
+                    loaded,
+                    self._steps,
                     draft,
-                    draft_blocks,
-                    quantise_experts(
-                        self._host.blocks,
-                        layouts,
-                        draft_blocks,
-                        [len(row) for row in loaded.plans],
-                        device,
-                        progress=draft_progress,
-                    ),
+                    metrics,
+                    forward,
+                    num_draft_tokens=num_draft_tokens,
                     sum_rules=sum_rules,
-                    most_tokens=governor.most,
-                    top_k=spec.top_k,
                     kernels=kernels,
-                ),
-                forward,
-                most_step_tokens=most,
-            )
+                    progress=draft_progress,
+                )
         except BaseException:
             self.release()
             raise
@@ -209,6 +192,53 @@ class DevicePath:
         if self._steps is not None:
             self._steps.release()
         self._host.release()
+
+    def _make_drafter(
+        self,
+        loaded: LoadedModel,
+        steps: StepGraphs,
+        kind: str,
+        metrics: Metrics,
+        forward: ForwardAll,
+        *,
+        num_draft_tokens: int | None,
+        sum_rules: Sequence[SumRule],
+        kernels: ExpertKernels | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> DeviceSelfDraft:
+        """Quantise the experts, and make what drafts and verifies."""
+        spec = loaded.spec
+        most = most_step_tokens(self.num_slots // spec.num_moe_layers, spec)
+        if num_draft_tokens is not None and num_draft_tokens >= most:
+            logger.warning(
+                "the slots serve %d tokens at once: %d drafted ones are verified past them, which "
+                "is slow; use num_draft_tokens='auto' or more expert_memory",
+                most,
+                num_draft_tokens,
+            )
+        governor = Governor(most=min(most - 1, _MOST_DRAFTED), pinned=num_draft_tokens)
+        layouts = device_layouts(loaded)
+        quantised = draft_layouts(loaded, layouts, kind)
+        blocks = quantise_experts(
+            self._host.blocks,
+            layouts,
+            quantised,
+            [len(row) for row in loaded.plans],
+            loaded.model.device,
+            progress=progress,
+        )
+        draft = DeviceDraft(
+            kind,
+            quantised,
+            blocks,
+            sum_rules=sum_rules,
+            most_tokens=governor.most,
+            top_k=spec.top_k,
+            kernels=kernels,
+        )
+        return DeviceSelfDraft(
+            self.runtime, steps, metrics, governor, draft, forward, most_step_tokens=most
+        )
 
 
 def _make_kernels(device: torch.device) -> ExpertKernels | None:
