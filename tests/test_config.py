@@ -98,9 +98,7 @@ class TestEngineConfig:
     @pytest.mark.parametrize(
         "setting",
         [
-            {"policy": "speculate"},
             {"policy": "speculate-when"},
-            {"draft": "int8"},
             {"predictor": "estimator"},
             {"eviction": "least-stale"},
             {"eviction": "none"},

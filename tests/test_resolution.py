@@ -13,10 +13,21 @@ from foreload import resolution
 from foreload.config import EngineConfig
 from foreload.errors import CapacityError, MissingExtraError, UnsupportedModelError
 from foreload.memory import cuda
-from foreload.model.device_plan import block_bytes, device_layouts, kv_bytes_per_token
+from foreload.model.device_plan import (
+    block_bytes,
+    device_layouts,
+    draft_layouts,
+    kv_bytes_per_token,
+)
 from foreload.model.draft import draft_bytes, draft_folder, has_draft
 from foreload.model.hf import load_model
-from foreload.resolution import least_memory, prepare_draft, resolve, slot_size
+from foreload.resolution import (
+    device_slots,
+    least_memory,
+    prepare_draft,
+    resolve,
+    slot_size,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,6 +150,37 @@ class TestDevice:
             resolve(config(**asked, expert_memory=least - 1), loaded)
         assert caught.value.needed_bytes == least
 
+    @pytest.mark.parametrize("kind", ["int4", "int8"])
+    def test_a_draft_is_a_part_of_the_memory(self, loaded: LoadedModel, kind: str) -> None:
+        asked = {"device": "cpu", "orchestration": "device", "draft": kind}
+        layouts = device_layouts(loaded)
+        drafted = 4 * 16 * block_bytes(draft_layouts(loaded, layouts, kind))
+        slot = self.layer_slot(loaded)
+        resolved = resolve(config(**asked, expert_memory="90%", num_draft_tokens=5), loaded)
+        assert (resolved.draft, resolved.num_draft_tokens) == (kind, 5)
+        slots = (int(0.9 * 16 * slot) - drafted) // slot
+        assert resolved.expert_memory == drafted + slots * slot
+        assert device_slots(resolved, loaded) == slots
+        assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
+        # No more is taken than draft and experts need.
+        most = resolve(config(**asked, expert_memory="500%"), loaded)
+        assert most.expert_memory == drafted + 16 * slot
+        least = drafted + 2 * loaded.spec.top_k * slot
+        assert resolve(config(**asked, expert_memory=least), loaded).expert_memory == least
+        with pytest.raises(CapacityError, match=f"beside the {kind} draft") as caught:
+            resolve(config(**asked, expert_memory=least - 1), loaded)
+        assert caught.value.needed_bytes == least
+
+    def test_a_draft_is_made_when_the_engine_is_opened(
+        self, loaded: LoadedModel, tmp_path: Path
+    ) -> None:
+        asked = {"device": "cpu", "orchestration": "device", "expert_memory": "100%"}
+        resolved = resolve(config(**asked, draft="int8"), loaded, cache_dir=tmp_path)
+        assert prepare_draft(resolved, loaded, cache_dir=tmp_path) is None
+        assert not list(tmp_path.iterdir())
+        resolved = resolve(config(**asked, draft="auto"), loaded, cache_dir=tmp_path)
+        assert (resolved.draft, resolved.num_draft_tokens) == ("none", "auto")
+
     def test_more_than_the_machine_has_is_refused(
         self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -180,8 +222,8 @@ class TestDevice:
     @pytest.mark.parametrize(
         "setting",
         [
-            {"policy": "speculate"},
-            {"draft": "int4"},
+            {"policy": "speculate-when"},
+            {"draft": "int4", "expert_memory": "60%"},
             {"orchestration": "host"},
             {"device": "cpu"},
             {"host_memory": 4095},
@@ -253,7 +295,7 @@ class TestStaged:
         assert "do not all fit" in caplog.text
         assert resolve(config(device=device), loaded).orchestration == "device"
 
-    @pytest.mark.parametrize("setting", [{"policy": "speculate"}, {"eviction": "lfu"}], ids=str)
+    @pytest.mark.parametrize("setting", [{"policy": "speculate-when"}, {"eviction": "lfu"}], ids=str)
     def test_auto_is_the_host_where_a_setting_wants_it(
         self, loaded: LoadedModel, setting: dict[str, Any], caplog: pytest.LogCaptureFixture
     ) -> None:

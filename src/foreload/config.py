@@ -200,8 +200,7 @@ class EngineConfig:
     def host_only(self) -> str | None:
         """Name a setting that only orchestration="host" can run; None where there is none."""
         device_can = {
-            "policy": ("exact",),
-            "draft": ("none", "auto"),
+            "policy": ("exact", "speculate"),
             "predictor": ("auto", "none", "lookahead", "default-vectors"),
             # The default stands for no wish: the tables on the device know one rule.
             "eviction": ("history", "lru"),

@@ -37,7 +37,6 @@ from foreload.memory.tiers import ExpertTiers
 from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, Timeline
 from foreload.model.device_path import DevicePath
-from foreload.model.device_plan import block_bytes, device_layouts
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.kv_cache import make_kv_cache, rewind
 from foreload.model.runtime import ExpertRuntime
@@ -50,7 +49,13 @@ from foreload.predict.calibration import calibration_path, read_default_vectors
 from foreload.predict.choice import MeasuredChoice
 from foreload.predict.estimator import CorrectedRouter, Estimator, estimator_path, read_estimator
 from foreload.predict.lookahead import DefaultVectors, Lookahead
-from foreload.resolution import default_cache_dir, prepare_draft, resolve, slot_size
+from foreload.resolution import (
+    default_cache_dir,
+    device_slots,
+    prepare_draft,
+    resolve,
+    slot_size,
+)
 from foreload.schedule.governor import Governor
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 from foreload.schedule.prefetch import PrefetchSwitch, most_prefetches
@@ -65,6 +70,7 @@ if TYPE_CHECKING:
     from foreload.decode.prompt import Prompt
     from foreload.memory.transfer import CopyBackend
     from foreload.metrics import RequestStats
+    from foreload.model.device_self_draft import DeviceSelfDraft
     from foreload.model.draft import DraftExperts
     from foreload.model.graph import StepGraph
     from foreload.model.hf import LoadedModel
@@ -150,6 +156,7 @@ class Engine:
         draft: DraftExperts | None = None,
         is_draft_optional: bool = False,
         host_progress: Callable[[int, int], None] | None = None,
+        draft_progress: Callable[[int, int], None] | None = None,
         backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
         host_tier: Callable[[int], HostTier] | None = None,
     ) -> None:
@@ -172,10 +179,10 @@ class Engine:
         self._tiers: ExpertTiers | None = None
         self._runtime: ExpertRuntime | None = None
         self._device: DevicePath | None = None
-        self.drafter: SelfDraft | None = None
+        self.drafter: SelfDraft | DeviceSelfDraft | None = None
         try:
             if config.orchestration == "device":
-                self._open_device_path(host_progress)
+                self._open_device_path(host_progress, draft_progress)
             else:
                 self._open_host_path(predictor, draft, backend, host_tier)
         except BaseException:
@@ -227,6 +234,7 @@ class Engine:
             draft=draft,
             is_draft_optional=config.draft == "auto",
             host_progress=host_progress,
+            draft_progress=draft_progress,
         )
 
     def generate(self, prompt: Prompt, **sampling: Any) -> GenerationResult:
@@ -395,12 +403,17 @@ class Engine:
         return cache
 
     def drop_draft(self) -> None:
-        """Let go of the draft, and keep experts in its memory instead."""
+        """Let go of the draft, and keep experts in its memory instead.
+
+        Raises:
+            ConfigError: The device decides about experts: its slots are given once.
+        """
         if self.drafter is None or self.drafter.draft is None:
             return
+        tiers = self.tiers
         self.drafter.release()
         most = int(self.config.expert_memory) // slot_size(self._loaded.plans)
-        self.tiers.grow(most - self.tiers.num_slots)
+        tiers.grow(most - tiers.num_slots)
         logger.info("the draft did not pay: its memory holds experts now")
 
     def early_routers(self) -> list[EarlyRouter]:
@@ -500,7 +513,11 @@ class Engine:
         if draft is not None:
             self.drafter = self._make_drafter(draft)
 
-    def _open_device_path(self, progress: Callable[[int, int], None] | None) -> None:
+    def _open_device_path(
+        self,
+        progress: Callable[[int, int], None] | None,
+        draft_progress: Callable[[int, int], None] | None,
+    ) -> None:
         """Build what fetches experts from host memory, and let it run the MoE layers."""
         config, loaded = self.config, self._loaded
         device = find_device(config.device)
@@ -508,19 +525,25 @@ class Engine:
         self.model.to(device)
         predictor = self._make_tensor_predictor(device)
         self.config = config.with_values(predictor="none" if predictor is None else predictor.name)
-        layer_bytes = self.spec.num_moe_layers * block_bytes(device_layouts(loaded))
+        is_speculating = predictor is not None and isinstance(self._make_policy(), Speculate)
+        tokens = config.num_draft_tokens
         path = self._device = DevicePath(
             loaded,
             device,
-            num_slots=int(config.expert_memory) // layer_bytes,
+            num_slots=device_slots(config, loaded),
             sum_rules=sum_rules,
             forward=self.forward_all,
             metrics=self.metrics,
             name_experts=None if predictor is None else predictor.name_experts,
+            route_next=predictor.route_next if predictor and is_speculating else None,
             num_workers=config.num_workers,
             limit_bytes=int(config.host_memory),
             progress=progress,
+            draft=config.draft,
+            num_draft_tokens=None if isinstance(tokens, str) else tokens,
+            draft_progress=draft_progress,
         )
+        self.drafter = path.drafter
         attach(loaded.sites, path.runtime.run_layer)
         if predictor is not None:
             self._watch_residuals(path.runtime.see_residual)
@@ -555,11 +578,10 @@ class Engine:
             self._device.runtime.count()
 
     def _prefill(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
-        if self._device is not None:
-            return self.forward(token_ids, kv_cache)
-        with self.runtime.prefilling():
+        runtime = self.runtime if self._device is None else self._device.runtime
+        with runtime.prefilling():
             logits = self.forward(token_ids, kv_cache)
-        if self.drafter is not None:
+        if self.drafter is not None and self._device is None:
             rewind(kv_cache, 0)
         return logits
 
@@ -581,7 +603,7 @@ class Engine:
             num_layers=self.spec.num_moe_layers,
         )
 
-    def _describe_governor(self, drafter: SelfDraft) -> list[dict[str, Any]]:
+    def _describe_governor(self, drafter: SelfDraft | DeviceSelfDraft) -> list[dict[str, Any]]:
         return [point._asdict() for point in drafter.governor.roofs()]
 
     def _make_policy(self) -> ExecutionPolicy:

@@ -17,7 +17,12 @@ from foreload.config import EngineConfig, parse_size
 from foreload.errors import CapacityError, MissingExtraError, UnsupportedModelError
 from foreload.memory import cuda
 from foreload.memory.arena import slot_bytes
-from foreload.model.device_plan import block_bytes, device_layouts, kv_bytes_per_token
+from foreload.model.device_plan import (
+    block_bytes,
+    device_layouts,
+    draft_layouts,
+    kv_bytes_per_token,
+)
 from foreload.model.draft import (
     DRAFT_BITS,
     build_draft,
@@ -39,7 +44,14 @@ if TYPE_CHECKING:
     from foreload.model.hf import LoadedModel
     from foreload.types import ExpertPlan
 
-__all__ = ["default_cache_dir", "least_memory", "prepare_draft", "resolve", "slot_size"]
+__all__ = [
+    "default_cache_dir",
+    "device_slots",
+    "least_memory",
+    "prepare_draft",
+    "resolve",
+    "slot_size",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +83,7 @@ def prepare_draft(
     """Give the draft that resolved settings ask for, built if it is not there yet.
 
     Args:
-        config: Settings, resolved.
+        config: Settings, resolved. A device that decides for itself makes its own draft.
         loaded: The model.
         cache_dir: Where drafts are kept.
         progress: Called with (done, total) bytes while it is built.
@@ -81,7 +93,7 @@ def prepare_draft(
         CheckpointError: The draft's folder is damaged.
         CapacityError: The disk is full.
     """
-    if config.draft == "none":
+    if config.draft == "none" or config.orchestration == "device":
         return None
     _require_rewind(loaded)
     identity = loaded.spec.identity
@@ -234,6 +246,9 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         raise MissingExtraError("triton", "triton")
     spec = loaded.spec
     size = block_bytes(device_layouts(loaded))
+    # "auto" is a draft that was built already, and here drafts are made when an engine is opened.
+    draft = "none" if config.draft == "auto" else config.draft
+    drafted = _device_draft_bytes(loaded, draft)
     layer_slot = spec.num_moe_layers * size
     whole = spec.num_experts * layer_slot
     available = psutil.virtual_memory().available
@@ -253,12 +268,19 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     else:
         room = available - whole
         spare = room - _MARGIN_BYTES
-    budget = _device_budget(config, whole, room, spare)
-    least = min(spec.top_k, spec.num_experts) * layer_slot
+    budget = _device_budget(config, whole, room, spare, draft_bytes=drafted)
+    # A verification runs over two tokens at least.
+    num_tokens = 1 if draft == "none" else 2
+    least = min(num_tokens * spec.top_k, spec.num_experts) * layer_slot + drafted
     if budget < least:
+        needs = (
+            "one token's needs"
+            if draft == "none"
+            else f"two tokens' needs beside the {draft} draft"
+        )
         raise CapacityError(
-            f"expert_memory is below one token's needs ({spec.top_k} experts in each of "
-            f"{spec.num_moe_layers} layers)",
+            f"expert_memory is below {needs} ({spec.top_k} experts each in {spec.num_moe_layers} "
+            "layers)",
             needed_bytes=least,
             available_bytes=max(budget, 0),
             setting="expert_memory",
@@ -267,12 +289,25 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         device=str(device),
         orchestration="device",
         dtype=spec.dtype,
-        expert_memory=budget // layer_slot * layer_slot,
+        expert_memory=(budget - drafted) // layer_slot * layer_slot + drafted,
         host_memory=whole,
-        draft="none",
-        num_draft_tokens="auto",
+        draft=draft,
+        num_draft_tokens=config.num_draft_tokens if draft != "none" else "auto",
         eviction="lru",
     )
+
+
+def device_slots(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Give the slots of every layer that resolved settings leave on a device, beside a draft."""
+    layer_slot = loaded.spec.num_moe_layers * block_bytes(device_layouts(loaded))
+    return (int(config.expert_memory) - _device_draft_bytes(loaded, config.draft)) // layer_slot
+
+
+def _device_draft_bytes(loaded: LoadedModel, draft: str) -> int:
+    if draft == "none":
+        return 0
+    size = block_bytes(draft_layouts(loaded, device_layouts(loaded), draft))
+    return loaded.spec.num_moe_layers * loaded.spec.num_experts * size
 
 
 def _device_room(
@@ -291,7 +326,9 @@ def _device_room(
     return room, room - context * kv_bytes_per_token(loaded) - _MARGIN_BYTES
 
 
-def _device_budget(config: EngineConfig, whole: int, room: int, spare: int) -> int:
+def _device_budget(
+    config: EngineConfig, whole: int, room: int, spare: int, *, draft_bytes: int = 0
+) -> int:
     """Give the bytes that experts may take of a device: what it can spare, or what was asked for.
 
     Args:
@@ -299,11 +336,12 @@ def _device_budget(config: EngineConfig, whole: int, room: int, spare: int) -> i
         whole: Bytes of all experts.
         room: Bytes the device has for them at most.
         spare: Bytes it can spare.
+        draft_bytes: Bytes of a draft, taken from the same.
     """
     if config.expert_memory == "auto":
-        return min(whole, spare)
+        return min(whole + draft_bytes, spare)
     asked = parse_size(config.expert_memory, whole_bytes=whole, setting="expert_memory")
-    budget = min(whole, asked)
+    budget = min(whole + draft_bytes, asked)
     if budget > room:
         raise CapacityError(
             "the device has less free memory than expert_memory asks for",

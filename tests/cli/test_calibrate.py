@@ -193,3 +193,13 @@ def test_it_refuses_what_cannot_work(checkpoint: Path, engine: Engine) -> None:
         pytest.raises(ConfigError, match="residual stream"),
     ):
         calibrate(blind, list(range(40)))
+
+
+def test_watching_experts_needs_the_host(
+    call: Callable[..., Any], checkpoint: Path, text_file: Path
+) -> None:
+    words = ("--device", "cpu", "--orchestration", "device")
+    result = call("calibrate", checkpoint, "--text", text_file, *words)
+    assert result.exit_code == 1
+    assert "needs the host to decide about experts" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from foreload import Engine
 
@@ -78,6 +79,29 @@ def test_json_is_one_object(call: Callable[..., Any], checkpoint: Path, expected
     assert answer["config"]["expert_memory"] > 0
     assert answer["config"]["device"] == "cpu"
     assert answer["config"]["sampling"]["stop"] == ["\x00"]
+
+
+def test_the_text_is_the_same_where_the_device_decides(
+    call: Callable[..., Any], checkpoint: Path, expected: str
+) -> None:
+    words = ("--device", "cpu", "--orchestration", "device", "--expert-memory", "50%")
+    result = call("generate", checkpoint, "-p", PROMPT, *SHORT, "--json", *words)
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["text"] == expected
+    assert answer["config"]["orchestration"] == "device"
+    assert answer["config"]["host_memory"] == 2 * answer["config"]["expert_memory"]
+
+
+def test_a_device_that_is_not_there_is_named(
+    call: Callable[..., Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = call("generate", checkpoint, "-p", PROMPT, "--device", "cuda:3")
+    assert result.exit_code == 1
+    assert "no CUDA device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert call("generate", checkpoint, "--device", "gpu").exit_code == 2
 
 
 def test_an_empty_prompt_is_an_error(call: Callable[..., Any], checkpoint: Path) -> None:

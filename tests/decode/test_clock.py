@@ -139,3 +139,20 @@ def test_without_a_draft_there_are_no_rounds(asked: Request) -> None:
     stats = asked.stats()
     assert stats.round_s is stats.acceptance_rate is stats.accept_length is None
     assert stats.rounds_by_draft == {}
+
+
+def test_counters_are_brought_up_to_date_before_they_are_read() -> None:
+    metrics = Metrics()
+    clock = RequestClock(
+        metrics,
+        Counter(),
+        0.0,
+        3,
+        refresh=lambda: setattr(metrics, "num_hits", metrics.num_hits + 5),
+    )
+    metrics.num_misses += 15
+    for _ in range(3):
+        clock.token(is_output=True)
+    assert metrics.num_hits == 10, "at the start, and behind the prompt"
+    assert clock.stats(1).hit_rate == 10 / 25
+    assert metrics.num_hits == 15

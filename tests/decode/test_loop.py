@@ -395,3 +395,34 @@ class TestStopText:
             assert not any(s in shown for s in stops)
         else:
             assert shown + stop.flush() == text
+
+
+class CountingStep:
+    """A step on the same cache as the model, that remembers how it was asked."""
+
+    def __init__(self, model: Counting, cache: list[int]) -> None:
+        self.model, self.cache = model, cache
+        self.asked: list[str] = []
+
+    def __call__(self, token: int) -> Tensor:
+        self.asked.append("logits")
+        return self.model(torch.tensor([[token]]), self.cache)
+
+    def likeliest(self, token: int) -> int:
+        self.asked.append("likeliest")
+        return int(self.model(torch.tensor([[token]]), self.cache).argmax())
+
+
+@pytest.mark.parametrize(("temperature", "asked"), [(0.0, "likeliest"), (0.1, "logits")])
+def test_a_step_decodes_what_comes_behind_the_prompt(temperature: float, asked: str) -> None:
+    prompt, model, cache = [3, 1, 4], Counting(), []
+    step = CountingStep(model, cache)
+    config = SamplingConfig(max_new_tokens=5, temperature=temperature, seed=0)
+
+    def only_prompt(token_ids: Tensor, kv_cache: list[int]) -> Tensor:
+        assert token_ids.tolist() == [prompt]
+        return model(token_ids, kv_cache)
+
+    tokens = list(decode(only_prompt, prompt, cache, config, prefill_chunk=8, step=step))
+    assert tokens == greedy(prompt, 5)
+    assert step.asked == [asked] * 4

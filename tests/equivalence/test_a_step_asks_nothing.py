@@ -96,9 +96,12 @@ def watch_step(engine: Engine) -> tuple[Watch, QuietKernels]:
     return watch, kernels
 
 
-@pytest.mark.parametrize("predictor", ["lookahead", "default-vectors"])
+@pytest.mark.parametrize(
+    ("predictor", "policy"),
+    [("lookahead", "exact"), ("default-vectors", "exact"), ("default-vectors", "speculate")],
+)
 @pytest.mark.parametrize("family", zoo.SEVEN_FAMILIES)
-def test_no_value_is_asked_for(family: str, predictor: str, tmp_path: Path) -> None:
+def test_no_value_is_asked_for(family: str, predictor: str, policy: str, tmp_path: Path) -> None:
     checkpoint = zoo.save_family(family, tmp_path / "model", torch.float32)
     engine = make_engine(
         checkpoint.path,
@@ -106,6 +109,7 @@ def test_no_value_is_asked_for(family: str, predictor: str, tmp_path: Path) -> N
         orchestration="device",
         expert_memory="50%",
         predictor=predictor,
+        policy=policy,
         cache_dir=tmp_path,
     )
     with engine:
@@ -117,10 +121,51 @@ def test_no_value_is_asked_for(family: str, predictor: str, tmp_path: Path) -> N
         assert kernels.prefetched == layers[1:]
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_drafting_and_verifying_ask_nothing(family: str, tmp_path: Path) -> None:
+    checkpoint = zoo.save_family(family, tmp_path / "model", torch.float32)
+    engine = make_engine(
+        checkpoint.path,
+        device="cpu",
+        orchestration="device",
+        expert_memory="200%",
+        draft="int4",
+        num_draft_tokens=3,
+    )
+    with engine:
+        path = engine._device
+        assert path is not None
+        drafter = path.drafter
+        assert drafter is not None
+        assert drafter.draft is not None
+        with path.lend_step(32) as step:
+            assert step is not None
+            engine._prefill(torch.tensor([list(range(3, 12))]), step.cache)
+            target, quantised = QuietKernels(), QuietKernels()
+            path._experts._kernels = target
+            drafter.draft._experts._kernels = quantised
+            with Watch() as watch:
+                drafter.draft.restart()
+                drafter.drafting_step(step).run([5])
+            layers = list(range(engine.spec.num_moe_layers))
+            assert (quantised.assigned, quantised.prefetched) == (layers, [])
+            assert (target.assigned, target.prefetched) == ([], layers)
+            with watch:
+                step.rewind(1)
+                drafter.verifying_step(step, 4).run([5, 6, 7, 8])
+                step.rewind(2)
+            assert target.assigned == layers
+            assert not watch.asked
+
+
 def test_the_watch_sees_what_asks() -> None:
     with Watch() as watch:
         value = torch.ones(3)
         int(value.sum())
         value.nonzero()
         bool(value[0] > 0)
-    assert len(watch.asked) == 3
+    assert [name.partition(".")[0] for name in watch.asked] == [
+        "aten::_local_scalar_dense",
+        "aten::nonzero",
+        "aten::_local_scalar_dense",
+    ]

@@ -60,12 +60,13 @@ def logits_of(engine: Engine, prompt: list[int], cache: Any) -> Iterator[torch.T
     """Yield the logits of a prompt and of fixed tokens behind it."""
     generator = torch.Generator().manual_seed(0)
     more = torch.randint(3, zoo.VOCABULARY, (NUM_DECODED,), generator=generator).tolist()
-    with torch.inference_mode():
-        for ids in (prompt, *([token] for token in more)):
+    for ids in (prompt, *([token] for token in more)):
+        # Never across a yield: two that take turns would leave the mode switched on.
+        with torch.inference_mode():
             output = engine.model(
                 input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
             )
-            yield output.logits
+        yield output.logits
 
 
 def check(engine: Engine) -> None:
@@ -127,6 +128,36 @@ def test_the_demo_model_writes_the_same(predictor: str, tmp_path: Path) -> None:
             assert found.token_ids == wanted.token_ids
             assert found.text == wanted.text
         check(device)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("predictor", ["lookahead", "default-vectors"])
+def test_speculation_executes_what_the_hosts_loop_executes(
+    checkpoints: dict[str, Path], family: str, predictor: str, tmp_path: Path
+) -> None:
+    host, device = open_pair(
+        checkpoints[family], "tight", policy="speculate", predictor=predictor, cache_dir=tmp_path
+    )
+    exact = open_pair(checkpoints[family], "50%")[1]
+    prompt = list(range(3, 15))
+    with host, device, exact:
+        wanted = list(logits_of(host, prompt, host.make_cache()))
+        found = list(logits_of(device, prompt, device.make_cache()))
+        true = list(logits_of(exact, prompt, exact.make_cache()))
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        assert torch.equal(found[0], true[0]), "prompts are exact"
+        assert not all(torch.equal(*pair) for pair in zip(found, true, strict=True))
+        for name in ("num_executed", "num_speculated"):
+            device._count()
+            assert getattr(device.metrics, name) == getattr(host.metrics, name) > 0
+        # A prompt of one token, and one whose last chunk is one token, are prompts.
+        for ids in ([9], list(range(3, 20))):
+            wanted_text = host.generate(ids, max_new_tokens=NUM_DECODED)
+            found_text = device.generate(ids, max_new_tokens=NUM_DECODED)
+            assert found_text.token_ids == wanted_text.token_ids
+            assert found_text.stats.speculated_fraction == wanted_text.stats.speculated_fraction
+        check(device)
+        assert not device._device.runtime._guessed  # type: ignore[union-attr]
 
 
 def test_long_prompts_in_chunks(checkpoints: dict[str, Path]) -> None:

@@ -61,9 +61,7 @@ def test_what_the_host_alone_can_do_is_refused_by_name(tiny_checkpoint: Path) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        {"policy": "speculate"},
         {"policy": "speculate-when"},
-        {"draft": "int4"},
         {"predictor": "estimator"},
         {"eviction": "none"},
         {"device": "cuda"},
@@ -130,13 +128,17 @@ def test_a_model_without_a_static_cache_runs_without_steps(
 
 def test_progress_is_told_while_host_memory_is_filled(tiny_checkpoint: Path) -> None:
     told: list[tuple[int, int]] = []
+    drafted: list[tuple[int, int]] = []
     engine = engine_module.Engine.from_pretrained(
         tiny_checkpoint,
         device="cpu",
         orchestration="device",
-        expert_memory="100%",
+        expert_memory="150%",
         host_progress=lambda done, total: told.append((done, total)),
+        draft="int8",
+        draft_progress=lambda done, total: drafted.append((done, total)),
     )
     with engine:
-        assert told[-1][0] == told[-1][1] > 0
-        assert len(told) == NUM_EXPERTS
+        for seen in (told, drafted):
+            assert seen[-1][0] == seen[-1][1] > 0
+            assert len(seen) == NUM_EXPERTS

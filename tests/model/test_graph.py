@@ -89,6 +89,34 @@ def test_a_closed_step_runs_nothing(run: Any, tiny_model: PreTrainedModel) -> No
         step(3)
 
 
+def test_steps_beside_share_the_sequence(run: Any, tiny_model: PreTrainedModel) -> None:
+    step = make_step(run, tiny_model)
+    run(torch.tensor([PROMPT]), step.cache)
+    asked: list[int] = []
+
+    def other(token_ids: Tensor, cache: Any) -> Tensor:
+        asked.append(token_ids.shape[1])
+        return run(token_ids, cache)
+
+    wide, second = step.beside(3), step.beside(1, forward=other)
+    assert wide.cache is second.cache is step.cache
+    assert step.beside(3) is wide
+    assert step.beside(1, forward=other) is second
+    tokens = [11, 12, 13]
+    wanted = wanted_logits(run, tiny_model, tokens)
+    torch.testing.assert_close(wide.run(tokens)[0], torch.stack(wanted))
+    step.rewind(2)
+    torch.testing.assert_close(second(12), wanted[1])
+    assert asked == [1]
+    torch.testing.assert_close(step(13), wanted[2])
+    step.rewind(0)
+    assert int(step.cache.layers[0].cumulative_length) == len(PROMPT) + 3
+    step.close()
+    for gone in (wide, second):
+        with pytest.raises(ForeloadError, match="closed"):
+            gone.run(tokens)
+
+
 class FakeCuda:
     """Stands in for torch.cuda: a graph replays the step it saw into the tensors it gave."""
 
@@ -151,6 +179,25 @@ def test_a_captured_step_is_replayed(
     assert cuda.log == ["wait", "warm up", "wait", "capture", *["replay"] * 8]
 
 
+def test_a_step_can_be_captured_before_it_runs(
+    run: Any, tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_step(run, tiny_model, is_captured=True)
+    step = first.beside(2)
+    assert not first.beside(3, can_capture=False)._wants_capture
+    cuda = FakeCuda(step)
+    cuda.install(monkeypatch)
+    run(torch.tensor([PROMPT]), step.cache)
+    for _ in range(2):
+        step.prepare()
+    assert step.is_captured
+    assert cuda.log == ["wait", "warm up", "wait", "capture"], "captured once, and not run"
+    assert int(step.cache.layers[0].cumulative_length) == len(PROMPT)
+    wanted = torch.stack(wanted_logits(run, tiny_model, [11, 12]))
+    torch.testing.assert_close(step.run([11, 12])[0], wanted)
+    assert cuda.log[-1] == "replay"
+
+
 def test_a_step_that_cannot_be_captured_runs_as_it_is(
     run: Any,
     tiny_model: PreTrainedModel,
@@ -198,6 +245,14 @@ class TestLending:
         with steps.lend(20) as first, steps.lend(20) as second:
             assert first is not second
         assert self.made == [256, 256]
+
+    def test_a_lent_step_is_found_by_its_cache(self, run: Any, tiny_model: PreTrainedModel) -> None:
+        steps = self.make(run, tiny_model)
+        with steps.lend(20) as first, steps.lend(20) as second:
+            assert steps.step_of(first.cache) is first
+            assert steps.step_of(second.cache) is second
+        with pytest.raises(ForeloadError, match="closed"):
+            steps.step_of(first.cache)
 
     def test_a_longer_request_gets_more_room(self, run: Any, tiny_model: PreTrainedModel) -> None:
         steps = self.make(run, tiny_model, most=1000)

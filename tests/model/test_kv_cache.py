@@ -13,7 +13,16 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import zoo
-from foreload.model.kv_cache import _GrowingLayer, can_rewind, make_kv_cache, rewind
+from foreload.model.kv_cache import (
+    _GrowingLayer,
+    can_be_static,
+    can_rewind,
+    clear_static,
+    make_kv_cache,
+    make_static_cache,
+    rewind,
+    rewind_static,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -244,3 +253,38 @@ def test_trying_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     can_rewind(model)
     assert torch.equal(run(model, make_kv_cache(model), zoo.prompt(9)), before)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestStatic:
+    def test_it_gives_what_the_growing_one_gives(self, model: PreTrainedModel) -> None:
+        """Past the sliding window of those that have one; sums over more places round otherwise."""
+        assert can_be_static(model)
+        ours, theirs = make_static_cache(model, 64), make_kv_cache(model)
+        for _ in range(2):
+            for size in (5, 1, 1, 20, 1, 3):
+                tokens = zoo.prompt(size) + size
+                with torch.inference_mode():
+                    found = model(input_ids=tokens, past_key_values=ours, use_cache=True).logits
+                    wanted = model(input_ids=tokens, past_key_values=theirs, use_cache=True).logits
+                torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+            with torch.inference_mode():
+                clear_static(ours)
+            theirs = make_kv_cache(model)
+
+    def test_its_buffers_stay_where_they_are(self, model: PreTrainedModel) -> None:
+        cache = make_static_cache(model, 64)
+        with torch.inference_mode():
+            model(input_ids=zoo.prompt(5), past_key_values=cache, use_cache=True)
+            before = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+            model(input_ids=zoo.prompt(30), past_key_values=cache, use_cache=True)
+            rewind_static(cache, 20)
+            assert {int(layer.cumulative_length) for layer in cache.layers} == {15}
+            clear_static(cache)
+        after = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        assert before == after
+
+    @pytest.mark.parametrize("arch", ["jamba", "qwen3_next", "lfm2_moe"])
+    def test_states_that_are_no_keys_and_values_have_none(self, arch: str) -> None:
+        built = zoo.build_tiny(arch)
+        assert make_static_cache(built, 64) is None
+        assert not can_be_static(built)

@@ -159,3 +159,21 @@ class TestDefaultVectors:
 
 def test_the_names_are_those_of_the_settings() -> None:
     assert (Lookahead.name, DefaultVectors.name) == ("lookahead", "default-vectors")
+
+
+class TestNaming:
+    def test_it_is_what_the_next_router_answers(self) -> None:
+        routers = [Router(seed) for seed in range(3)]
+        vectors = [torch.randn(EXPERTS, HIDDEN) for _ in routers]
+        for num_tokens in (1, 4):
+            seen = event(1, num_tokens)
+            for predictor in (Lookahead(routers), DefaultVectors(routers, vectors)):
+                named = predictor.name_experts(seen)
+                assert named is not None
+                assert torch.equal(named, routers[2](predictor.estimate(seen)).top_k_index)
+
+    def test_nothing_is_said_where_nothing_can_be(self) -> None:
+        lookahead = Lookahead([Router(0), Router(1), lambda residual: None])
+        assert lookahead.name_experts(event(0, is_seen=False)) is None
+        assert lookahead.name_experts(event(1)) is None
+        assert lookahead.name_experts(event(2)) is None

@@ -21,6 +21,7 @@ from foreload.evaluate import compare_logits
 from foreload.memory.disk import DiskBackend
 from foreload.memory.throttle import ThrottledBackend
 from foreload.model.kv_cache import make_kv_cache
+from foreload.model.self_draft import SelfDraft
 from foreload.predict.draft_routing import LookaheadBuffer
 from foreload.predict.estimator import Estimator
 from foreload.predict.oracle import Oracle
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from foreload.memory.arena import SlotArena
     from foreload.memory.transfer import CopyBackend
     from foreload.metrics import Metrics, Timeline
+    from foreload.model.draft_round import Verification
     from foreload.model.hf import LoadedModel
-    from foreload.model.self_draft import SelfDraft, Verification
     from foreload.trace.record import RoutingTrace
 
     Forward = Callable[[Tensor, Any], Tensor]
@@ -123,7 +124,8 @@ def run_engine_arm(
                 engine.timeline.is_on = with_timeline
             return logits
 
-        drafter = engine.drafter
+        # The arms run where the host decides.
+        drafter = engine.drafter if isinstance(engine.drafter, SelfDraft) else None
         verifications: list[Verification] = []
         if drafter is not None:
             drafter.on_round = lambda this: verifications.append(this.verification)

@@ -59,13 +59,13 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -
     """Choose one token.
 
     Args:
-        logits: (V,).
+        logits: (V,), on any device.
         config: Sampling settings.
-        generator: Source of randomness; not touched at temperature 0.
+        generator: Source of randomness, on the CPU; not touched at temperature 0.
     """
     if config.temperature == 0:
         return int(logits.argmax())
-    shares = probabilities(logits, config)
+    shares = probabilities(logits.cpu(), config)
     return int(torch.multinomial(shares, 1, generator=generator))
 
 
@@ -100,9 +100,10 @@ def verify(
         while agreed < len(draft_ids) and best[agreed] == draft_ids[agreed]:
             agreed += 1
         return Verdict(agreed, int(best[agreed]))
+    target_logits = target_logits.cpu()
     for place, token in enumerate(draft_ids):
         wanted = probabilities(target_logits[place], config)
-        drafted = probabilities(draft_logits[place], config)
+        drafted = probabilities(draft_logits[place].cpu(), config)
         chance = float(torch.rand((), generator=generator))
         if chance * float(drafted[token]) < float(wanted[token]):
             continue

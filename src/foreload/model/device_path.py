@@ -12,16 +12,25 @@ import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from foreload.errors import UnsupportedModelError
 from foreload.memory import cuda
 from foreload.memory.expert_stream import ExpertStream
 from foreload.memory.host_arena import HostArena
-from foreload.model.device_plan import block_bytes, device_layouts
+from foreload.model.device_draft import DeviceDraft, quantise_experts
+from foreload.model.device_plan import (
+    block_bytes,
+    device_layouts,
+    draft_layouts,
+    most_step_tokens,
+)
 from foreload.model.device_runtime import DeviceRuntime
+from foreload.model.device_self_draft import DeviceSelfDraft
 from foreload.model.graph import StepGraphs
 from foreload.model.kv_cache import can_be_static, make_static_cache
 from foreload.model.sites import silenced_experts
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import pack_expert
+from foreload.schedule.governor import Governor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from foreload.metrics import Metrics
-    from foreload.model.device_runtime import NameExperts
+    from foreload.model.device_runtime import NameExperts, RouteNext
     from foreload.model.graph import ForwardAll, StepGraph
     from foreload.model.hf import LoadedModel
     from foreload.ops.device_experts import ExpertKernels
@@ -39,6 +48,9 @@ if TYPE_CHECKING:
 __all__ = ["DevicePath"]
 
 logger = logging.getLogger(__name__)
+
+_MOST_DRAFTED = 8
+"""Tokens a round drafts at most, where the governor chooses."""
 
 
 class DevicePath:
@@ -52,16 +64,22 @@ class DevicePath:
         forward: From token ids (1, T) and a KV cache to logits (T, V).
         metrics: Where steps and lookups are counted.
         name_experts: Names the next layer's likely experts without a host sync, or None.
+        route_next: Guesses the next layer's routing, to be executed; None follows the true router.
         num_workers: Experts read from the checkpoint at once.
         limit_bytes: What the host tier may take.
         progress: Called with (done, total) bytes while the host tier is filled.
+        draft: Kind of the draft: "none", "int4" or "int8".
+        num_draft_tokens: Tokens drafted per round; None lets the governor choose.
+        draft_progress: Called with (done, total) bytes while experts are quantised.
 
     Attributes:
         runtime: What happens at each MoE layer.
         num_slots: Experts that fit, over all layers.
+        drafter: Makes the rounds of speculative decoding; None without a draft.
 
     Raises:
         CapacityError: The experts do not fit into host memory.
+        UnsupportedModelError: There can be no draft: steps need a static KV cache.
         TransferError: The checkpoint could not be read.
     """
 
@@ -75,15 +93,28 @@ class DevicePath:
         forward: ForwardAll,
         metrics: Metrics,
         name_experts: NameExperts | None = None,
+        route_next: RouteNext | None = None,
         num_workers: int = 2,
         limit_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        draft: str = "none",
+        num_draft_tokens: int | None = None,
+        draft_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         spec = loaded.spec
+        with silenced_experts(loaded.sites):
+            is_static = can_be_static(loaded.model)
+        if draft != "none" and not is_static:
+            raise UnsupportedModelError(
+                f"{spec.architecture} cannot verify a draft on a device: it keeps more than keys "
+                "and values between tokens",
+                hint="use draft='none'",
+            )
         layouts = device_layouts(loaded)
         size = block_bytes(layouts)
         self._host = HostArena(spec.num_moe_layers, spec.num_experts, size, limit_bytes=limit_bytes)
         self._steps: StepGraphs | None = None
+        self.drafter: DeviceSelfDraft | None = None
         try:
             self._host.fill(
                 loaded.plans,
@@ -94,13 +125,14 @@ class DevicePath:
             )
             if device.type == "cuda":
                 self._host.page_lock()
+            kernels = _make_kernels(device)
             self._experts = DeviceExperts(
                 layouts,
                 self._host.blocks,
                 num_slots=[num_slots] * spec.num_moe_layers,
                 sum_rules=sum_rules,
                 device=device,
-                kernels=_make_kernels(device),
+                kernels=kernels,
                 max_prefetches=spec.top_k,
             )
             self.num_slots = num_slots * spec.num_moe_layers
@@ -113,16 +145,60 @@ class DevicePath:
                 metrics=metrics,
                 device=device,
                 name_experts=name_experts,
+                route_next=route_next,
             )
-            self._steps = self._make_steps(loaded, device, forward)
+            if not is_static:
+                logger.warning(
+                    "%s keeps more than keys and values between tokens: its steps are not captured",
+                    spec.architecture,
+                )
+                return
+            self._steps = StepGraphs(
+                forward,
+                functools.partial(make_static_cache, loaded.model),
+                device,
+                is_captured=device.type == "cuda",
+                most_positions=loaded.generation.max_positions,
+                on_broken=self.runtime.abandon,
+            )
+            if draft == "none":
+                return
+            most = most_step_tokens(num_slots, spec)
+            governor = Governor(most=min(most - 1, _MOST_DRAFTED), pinned=num_draft_tokens)
+            draft_blocks = draft_layouts(loaded, layouts, draft)
+            self.drafter = DeviceSelfDraft(
+                self.runtime,
+                self._steps,
+                metrics,
+                governor,
+                DeviceDraft(
+                    draft,
+                    draft_blocks,
+                    quantise_experts(
+                        self._host.blocks,
+                        layouts,
+                        draft_blocks,
+                        [len(row) for row in loaded.plans],
+                        device,
+                        progress=draft_progress,
+                    ),
+                    sum_rules=sum_rules,
+                    most_tokens=governor.most,
+                    top_k=spec.top_k,
+                    kernels=kernels,
+                ),
+                forward,
+                most_step_tokens=most,
+            )
         except BaseException:
             self.release()
             raise
 
     @property
     def num_bytes(self) -> int:
-        """Give the bytes of the device tier."""
-        return self._experts.num_bytes
+        """Give the bytes of the device tier, a draft included."""
+        draft = None if self.drafter is None else self.drafter.draft
+        return self._experts.num_bytes + (0 if draft is None else draft.num_bytes)
 
     def lend_step(self, num_positions: int) -> AbstractContextManager[StepGraph | None]:
         """Lend a step with an empty KV cache for so many tokens; None where there can be none."""
@@ -133,27 +209,6 @@ class DevicePath:
         if self._steps is not None:
             self._steps.release()
         self._host.release()
-
-    def _make_steps(
-        self, loaded: LoadedModel, device: torch.device, forward: ForwardAll
-    ) -> StepGraphs | None:
-        model = loaded.model
-        with silenced_experts(loaded.sites):
-            is_static = can_be_static(model)
-        if not is_static:
-            logger.warning(
-                "%s keeps more than keys and values between tokens: its steps are not captured",
-                loaded.spec.architecture,
-            )
-            return None
-        return StepGraphs(
-            forward,
-            functools.partial(make_static_cache, model),
-            device,
-            is_captured=device.type == "cuda",
-            most_positions=loaded.generation.max_positions,
-            on_broken=self.runtime.abandon,
-        )
 
 
 def _make_kernels(device: torch.device) -> ExpertKernels | None:

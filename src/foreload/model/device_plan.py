@@ -12,15 +12,25 @@ import torch
 from foreload.errors import UnsupportedModelError
 from foreload.model.kv_cache import make_kv_cache
 from foreload.model.sites import silenced_experts
+from foreload.ops.device_experts import MAX_TOKENS
 from foreload.ops.device_layout import StoredFormat, expert_layout
 
 if TYPE_CHECKING:
     from foreload.model.hf import LoadedModel
     from foreload.model.sites import MoeSite
     from foreload.ops.device_layout import ExpertLayout
-    from foreload.types import ExpertPlan
+    from foreload.types import ExpertPlan, ModelSpec
 
-__all__ = ["block_bytes", "device_layouts", "kv_bytes_per_token"]
+__all__ = [
+    "block_bytes",
+    "device_layouts",
+    "draft_layouts",
+    "kv_bytes_per_token",
+    "most_step_tokens",
+]
+
+_FINE_GROUP = 16
+"""Columns that share a draft's scale where not even 32 divide a matrix."""
 
 
 def device_layouts(loaded: LoadedModel) -> list[ExpertLayout]:
@@ -30,6 +40,50 @@ def device_layouts(loaded: LoadedModel) -> list[ExpertLayout]:
         UnsupportedModelError: A layer's experts are not alike, or cannot be laid out.
     """
     return [_layout(site, plans) for site, plans in zip(loaded.sites, loaded.plans, strict=True)]
+
+
+def draft_layouts(
+    loaded: LoadedModel, layouts: list[ExpertLayout], kind: str
+) -> list[ExpertLayout]:
+    """Lay out the experts of a draft, quantised.
+
+    Args:
+        loaded: The model.
+        layouts: How the target's experts lie.
+        kind: "int4" or "int8".
+
+    Raises:
+        UnsupportedModelError: A matrix cannot be cut into groups that share a scale.
+    """
+    found = []
+    for site, plans, layout in zip(loaded.sites, loaded.plans, layouts, strict=True):
+        shapes = {tensor.name: tensor.shape for tensor in plans[0].tensors}
+        columns = layout.first.num_columns, layout.down.num_columns
+        group = _FINE_GROUP if any(number % (2 * _FINE_GROUP) for number in columns) else None
+        try:
+            found.append(
+                expert_layout(
+                    site.experts, shapes, StoredFormat(kind), dtype=layout.dtype, group=group
+                )
+            )
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{site.name} has no {kind} draft on a device: {error}",
+                hint="use draft='none'",
+            ) from error
+    return found
+
+
+def most_step_tokens(num_slots: int, spec: ModelSpec) -> int:
+    """Give the most tokens that slots can serve at once, whatever they want; 0 for not even one.
+
+    Args:
+        num_slots: Slots of every layer.
+        spec: The model's numbers.
+    """
+    if num_slots >= spec.num_experts:
+        return MAX_TOKENS
+    return min(num_slots // spec.top_k, MAX_TOKENS)
 
 
 def block_bytes(layouts: list[ExpertLayout]) -> int:

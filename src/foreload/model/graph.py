@@ -64,11 +64,12 @@ class StepGraph:
         self.num_positions = num_positions
         self._forward = forward
         self._token_ids = torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
-        self._wants_capture = is_captured
+        self._is_capturing = self._wants_capture = is_captured
         self._on_broken = on_broken
         self._is_closed = False
         self._graph: Any = None
         self._outputs: tuple[Tensor, Tensor] | None = None
+        self._beside: dict[tuple[int, ForwardAll], StepGraph] = {}
 
     @property
     def is_captured(self) -> bool:
@@ -88,10 +89,9 @@ class StepGraph:
             raise ForeloadError("the engine is closed", hint="open a new one")
         with torch.inference_mode(), on_device(self._token_ids.device):
             self._token_ids.copy_(torch.tensor([list(token_ids)]))
+            self.prepare()
             if self._graph is not None:
                 self._graph.replay()
-            elif self._wants_capture:
-                self._capture()
             else:
                 self._outputs = self._step()
         if self._outputs is None:
@@ -106,6 +106,47 @@ class StepGraph:
         """Give the likeliest token behind one token."""
         return int(self.run([token])[1][-1])
 
+    def prepare(self) -> None:
+        """Capture the step, where that is wanted and was not done; the sequence stays as it is.
+
+        The sequence must have room for T more tokens.
+        """
+        if self._wants_capture:
+            self._wants_capture = False
+            with torch.inference_mode(), on_device(self._token_ids.device):
+                self._capture()
+
+    def beside(
+        self, num_tokens: int, *, forward: ForwardAll | None = None, can_capture: bool = True
+    ) -> StepGraph:
+        """Give a step on the same sequence that differs, made on first use; it goes with this one.
+
+        Args:
+            num_tokens: Its T.
+            forward: What it runs; by default what this one runs.
+            can_capture: Whether it can be captured, where this one is to be.
+        """
+        if self._is_closed:
+            raise ForeloadError("the engine is closed", hint="open a new one")
+        key = num_tokens, forward or self._forward
+        if key not in self._beside:
+            self._beside[key] = StepGraph(
+                key[1],
+                self.cache,
+                self._token_ids.device,
+                num_positions=self.num_positions,
+                num_tokens=num_tokens,
+                is_captured=self._is_capturing and can_capture,
+                on_broken=self._on_broken,
+            )
+        return self._beside[key]
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` of the sequence; the host does not wait."""
+        if num_tokens:
+            with torch.inference_mode():
+                rewind_static(self.cache, num_tokens)
+
     def clear(self) -> None:
         """Forget the sequence; buffers and the captured step stay."""
         with torch.inference_mode():
@@ -115,34 +156,32 @@ class StepGraph:
         """Let go of the captured step, which reads memory that is about to go."""
         self._is_closed = True
         self._graph = self._outputs = None
+        for step in self._beside.values():
+            step.close()
 
     def _step(self) -> tuple[Tensor, Tensor]:
         logits = self._forward(self._token_ids, self.cache)
         return logits, logits.argmax(-1)
 
     def _capture(self) -> None:
-        """Run the step once as it is, so that libraries settle, then capture and replay it."""
-        self._wants_capture = False
+        """Run the step once as it is, so that libraries settle, then capture it."""
         current = torch.cuda.current_stream()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            self._outputs = self._step()
+            self._step()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        num_tokens = self._token_ids.shape[1]
         # What was just written is written again by the replay.
-        rewind_static(self.cache, num_tokens)
+        rewind_static(self.cache, self._token_ids.shape[1])
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = self._step()
         except RuntimeError as error:
             logger.warning("this model's step cannot be captured, and runs as it is: %s", error)
             self._on_broken()
-            self._outputs = self._step()
             return
         self._graph, self._outputs = graph, outputs
-        graph.replay()
 
 
 class StepGraphs:
@@ -189,6 +228,17 @@ class StepGraphs:
                 self._lent.remove(step)
                 step.clear()
                 self._idle.append(step)
+
+    def step_of(self, cache: Any) -> StepGraph:
+        """Give the lent step whose KV cache this is.
+
+        Raises:
+            ForeloadError: It is lent no longer: the engine was closed.
+        """
+        for step in self._lent:
+            if step.cache is cache:
+                return step
+        raise ForeloadError("the engine is closed", hint="open a new one")
 
     def release(self) -> None:
         """Close all steps; those that are lent answer no more."""

@@ -1,21 +1,20 @@
 """Rounds of speculative decoding with the model's own quantised experts as the draft.
 
 A round drafts on the target's KV cache, goes back, and lets the target run over what was drafted;
-what drafting revealed about the routing is copied in the meantime. Keeps the times of each round
-for the governor. Chooses no token: the decode loop does.
+what drafting revealed about the routing is copied in the meantime. Chooses no token: the decode
+loop does.
 """
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foreload.model.draft_round import Mark, MeasuredRound
 from foreload.model.kv_cache import rewind
 from foreload.predict.draft_routing import LookaheadBuffer
-from foreload.schedule.governor import RoundReport
 from foreload.schedule.orchestrator import PrefetchRound
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     Forward = Callable[[Tensor, Any], Tensor]
 
-__all__ = ["DraftRound", "SelfDraft", "Verification"]
+__all__ = ["DraftRound", "SelfDraft"]
 
 
 class SelfDraft:
@@ -111,70 +110,21 @@ class SelfDraft:
         return moved / max(self.tiers.expert_bytes)
 
 
-class _Mark(NamedTuple):
-    """The counters at some moment."""
-
-    time_s: float
-    stall_s: float
-    link_s: float
-    bytes_moved: int
-    num_lookups: int
-    num_hits: int
-
-    @classmethod
-    def now(cls, metrics: Metrics) -> _Mark:
-        return cls(
-            time.perf_counter(),
-            metrics.stall_s,
-            metrics.link_s,
-            metrics.bytes_moved,
-            metrics.num_lookups,
-            metrics.num_hits,
-        )
-
-
-class Verification(NamedTuple):
-    """One forward of the target over several tokens.
+class DraftRound(MeasuredRound):
+    """A round whose experts the tiers bring.
 
     Attributes:
-        num_tokens: Tokens it ran over.
-        time_s: Seconds it took.
-        num_lookups: Distinct experts it demanded, over all layers.
-        num_absent: Of these, experts that were not in memory when their layer was reached.
-    """
-
-    num_tokens: int
-    time_s: float
-    num_lookups: int
-    num_absent: int
-
-
-class DraftRound:
-    """One round: some drafted tokens, and the target's verdict over them.
-
-    Attributes:
-        number: Tokens it drafts at most.
         prefetches: Its copies, with the lookahead buffer.
-        token_ids: What the target looked at.
-        num_accepted: Of the drafted ones, those it stood by.
     """
 
     def __init__(
         self, owner: SelfDraft, kv_cache: Any, number: int, prefetches: PrefetchRound
     ) -> None:
-        self.number = number
+        super().__init__(number, owner.metrics, owner.governor)
         self.prefetches = prefetches
-        self.token_ids: list[int] = []
-        self.num_accepted = 0
         self._owner = owner
         self._kv_cache = kv_cache
         self._num_drafted = 0
-        self._start = _Mark.now(owner.metrics)
-        self._verify_start = self._start
-        self._verify_end = self._start
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         with self._owner.runtime.lock:
@@ -200,45 +150,17 @@ class DraftRound:
         """Give the target's logits (T, V) behind each of the tokens."""
         owner = self._owner
         self.token_ids = list(token_ids)
-        self._verify_start = _Mark.now(owner.metrics)
+        self._verify_start = Mark.now(owner.metrics)
         with ExitStack() as stack:
             if self._num_drafted:
                 stack.enter_context(owner.runtime.verifying(self.prefetches))
             logits = owner.forward(torch.tensor([self.token_ids]), self._kv_cache)
-        self._verify_end = _Mark.now(owner.metrics)
+        self._verify_end = Mark.now(owner.metrics)
         return logits
 
     @property
-    def verification(self) -> Verification:
-        """Give what the target's forward took."""
-        begun, end = self._verify_start, self._verify_end
-        lookups = end.num_lookups - begun.num_lookups
-        hits = end.num_hits - begun.num_hits
-        return Verification(len(self.token_ids), end.time_s - begun.time_s, lookups, lookups - hits)
+    def _on_round(self) -> Callable[[DraftRound], None] | None:
+        return self._owner.on_round
 
-    def settle(self, num_accepted: int) -> None:
-        """Keep the first verified token and the accepted ones behind it; forget the others."""
-        owner = self._owner
-        self.num_accepted = num_accepted
-        drafted = len(self.token_ids) - 1
-        rewind(self._kv_cache, drafted - num_accepted)
-        metrics = owner.metrics
-        metrics.num_rounds += 1
-        metrics.num_draft_tokens += drafted
-        metrics.num_accepted_tokens += num_accepted
-        begun, verified, end = self._start, self._verify_start, self._verify_end
-        metrics.draft_s += verified.time_s - begun.time_s
-        owner.governor.learn(
-            RoundReport(
-                num_draft_tokens=drafted,
-                num_accepted_tokens=num_accepted,
-                draft_s=verified.time_s - begun.time_s,
-                verify_s=end.time_s - verified.time_s,
-                stall_s=end.stall_s - verified.stall_s,
-                copied_bytes=end.bytes_moved - begun.bytes_moved,
-                link_s=end.link_s - begun.link_s,
-                num_lookups=end.num_lookups - begun.num_lookups,
-            )
-        )
-        if owner.on_round is not None:
-            owner.on_round(self)
+    def _forget(self, num_tokens: int) -> None:
+        rewind(self._kv_cache, num_tokens)

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from foreload.ops.reference import SumRule
     from foreload.types import Routing
 
-__all__ = ["MAX_TOKENS", "DeviceExperts", "ExpertKernels", "LayerMemory", "TwinKernels"]
+__all__ = [
+    "MAX_TOKENS",
+    "DeviceExperts",
+    "ExpertKernels",
+    "LayerMemory",
+    "ResidentExperts",
+    "TwinKernels",
+]
 
 MAX_TOKENS = 16
 """Tokens that one step may have: a tile of the kernels. Longer inputs want every expert anyway."""
@@ -231,7 +238,7 @@ class DeviceExperts:
         )
         return self._kernels.forward(self._memory[layer], work, experts, hidden_states, routing)
 
-    def prefetch(self, layer: int, predicted_index: Tensor) -> None:
+    def prefetch(self, layer: int, predicted_index: Tensor, *, min_age: int | None = None) -> None:
         """Bring experts that the next visit of a layer is expected to want.
 
         Must be over before that visit's `run` begins, and begin after the last one's has ended:
@@ -239,14 +246,16 @@ class DeviceExperts:
 
         Args:
             layer: The MoE layer that is coming.
-            predicted_index: (T, N) expert ids, likeliest first in each row.
+            predicted_index: (T, N) expert ids, likeliest first in each row; negative ones stand for
+                no expert.
+            min_age: In place of the one for all prefetches.
         """
         work = self._kernels.assign_prefetch(
             self.tables,
             layer,
             predicted_index,
             max_fetches=self._max_prefetches,
-            min_age=self._min_age,
+            min_age=self._min_age if min_age is None else min_age,
         )
         self._kernels.fetch(self._memory[layer], work)
 
@@ -273,6 +282,51 @@ class DeviceExperts:
     def read_counters(self) -> list[Counters]:
         """Read hits, misses and prefetches of every layer; waits for the device."""
         return self.tables.read_counters()
+
+
+class ResidentExperts:
+    """Runs experts all of which lie on the device for good: every one is a hit.
+
+    Args:
+        layouts: How the experts of each MoE layer lie in their blocks.
+        blocks: (L, E, block bytes) uint8 on the device, every expert of the model.
+        sum_rules: Per layer, the element type that expert outputs are summed in.
+        kernels: What computes; the twins by default.
+
+    Raises:
+        ShapeError: `blocks` does not fit the layouts.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[ExpertLayout],
+        blocks: Tensor,
+        *,
+        sum_rules: Sequence[SumRule],
+        kernels: ExpertKernels | None = None,
+    ) -> None:
+        block_bytes = max(layout.num_bytes for layout in layouts)
+        if blocks.ndim != 3 or len(blocks) != len(layouts) or blocks.shape[2] < block_bytes:
+            raise ShapeError(f"blocks of {tuple(blocks.shape)} for {len(layouts)} layers")
+        num_layers, num_experts, _ = blocks.shape
+        tables = make_tables([num_experts] * num_layers, num_experts, blocks.device)
+        tables.slot_of.copy_(torch.arange(num_experts))
+        tables.expert_of.copy_(torch.arange(num_experts))
+        tables.stamp.zero_()
+        self._tables = tables
+        self._kernels: ExpertKernels = kernels or TwinKernels()
+        # Nothing is fetched: an expert's block is its slot.
+        self._memory = [
+            LayerMemory(layout, block, block, block.data_ptr(), rule)
+            for layout, block, rule in zip(layouts, blocks, sum_rules, strict=True)
+        ]
+
+    def run(self, layer: int, experts: Any, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """Compute one MoE layer; arguments and result as for `DeviceExperts.run`."""
+        work = self._kernels.assign_slots(
+            self._tables, layer, routing.top_k_index, num_experts=experts.num_experts
+        )
+        return self._kernels.forward(self._memory[layer], work, experts, hidden_states, routing)
 
 
 def _sum_experts(

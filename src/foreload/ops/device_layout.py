@@ -268,16 +268,19 @@ def stored_parts(layout: ExpertLayout, block: Tensor) -> dict[str, Tensor]:
     return parts
 
 
-def pack_expert(layout: ExpertLayout, weights: Mapping[str, Tensor], block: Tensor) -> None:
+def pack_expert(
+    layout: ExpertLayout, weights: Mapping[str, Tensor], block: Tensor, *, search: bool = False
+) -> None:
     """Write an expert's parameters to its block, quantised where the layout says so.
 
     Args:
         layout: Its layout.
         weights: The expert's parameters by name, as the module wants them.
-        block: (`layout.num_bytes`,) uint8.
+        block: (`layout.num_bytes`,) uint8, on the same device.
+        search: Whether INT8 and INT4 look for the best scales.
 
     Cost:
-        That of `ops.quantise.quantise` for INT8 and INT4, without a search.
+        That of `ops.quantise.quantise` for INT8 and INT4.
     """
     parts = stored_parts(layout, block)
     for matrix in (layout.first, layout.down):
@@ -286,7 +289,7 @@ def pack_expert(layout: ExpertLayout, weights: Mapping[str, Tensor], block: Tens
             parts[matrix.name].copy_(weight)
         else:
             rows = weight.t() if layout.is_transposed else weight
-            codes, scales = _encode(matrix, rows.float())
+            codes, scales = _encode(matrix, rows.float(), search=search)
             parts[matrix.name].copy_(codes)
             parts[f"{matrix.name}_scales"].copy_(scales)
         if matrix.bias_offset >= 0:
@@ -350,7 +353,7 @@ def _view(block: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
     return block[offset : offset + num_bytes].view(dtype).view(shape)
 
 
-def _encode(matrix: MatrixLayout, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _encode(matrix: MatrixLayout, rows: Tensor, *, search: bool) -> tuple[Tensor, Tensor]:
     """Give codes and scales of a matrix (N, K) float32, as stored."""
     if matrix.stored is StoredFormat.FP8:
         places = _scale_places(matrix)
@@ -361,7 +364,7 @@ def _encode(matrix: MatrixLayout, rows: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.stored is StoredFormat.MXFP4:
         return _encode_mxfp4(rows)
     bits = 8 if matrix.stored is StoredFormat.INT8 else 4
-    found = quantise(rows, bits=bits, group=matrix.scale_columns, search=False)
+    found = quantise(rows, bits=bits, group=matrix.scale_columns, search=search)
     return (found.codes if bits == 8 else _join_nibbles(found.codes + 8)), found.scales
 
 

@@ -55,8 +55,8 @@ def quantise(
         With `search` about 20 element-wise operations per weight.
     """
     num_rows, num_columns = weight.shape
-    codes = torch.empty(num_rows, num_columns, dtype=torch.int8)
-    scales = torch.empty(num_rows, num_columns // group, dtype=torch.bfloat16)
+    codes = weight.new_empty(num_rows, num_columns, dtype=torch.int8)
+    scales = weight.new_empty(num_rows, num_columns // group, dtype=torch.bfloat16)
     counts = None
     if importance is not None:
         counts = importance.float().view(num_columns // group, group)

@@ -287,7 +287,7 @@ def _add(
         product = weight.to(tl.float32) * tl.expand_dims(values.to(tl.float32), 0)
         if len(product.shape) == 3:
             product = tl.sum(product, 2)
-        total += tl.sum(product, 1)[None, :]
+        total += tl.sum(product, 1)
     else:
         flat = tl.reshape(weight, (BLOCK_N, BLOCK_U))
         total = tl.dot(values, tl.trans(flat), total, input_precision="ieee")
@@ -321,7 +321,10 @@ def _products(
     BLOCK_K: tl.constexpr,
 ):
     """Give inputs (T, K) times rows of a matrix, (T, N) float32, reading each weight once."""
-    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    if BLOCK_T == 1:
+        total = tl.zeros([BLOCK_N], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if STORED == PLAIN:
         for start in range(0, NUM_COLUMNS, BLOCK_K):
             unit = start + tl.arange(0, BLOCK_K)
@@ -407,6 +410,8 @@ def _products(
                     odd = _fp4_value(codes >> 4) * scale
                 total = _add(total, odd, odd_values, DTYPE, BLOCK_T, BLOCK_N, block_u)
             _store(target, is_miss, place, mask, codes, OFFSET, CODE)
+    if BLOCK_T == 1:
+        total = total[None, :]
     return total
 
 

@@ -73,11 +73,18 @@ class Lookahead:
 
         None where nothing can be said. Each row is in its router's own order.
         """
+        output = self.route_next(event)
+        return None if output is None else output.top_k_index
+
+    def route_next(self, event: RoutingEvent) -> RouterOutput | None:
+        """Give the next layer's router's early answer, without waiting for the device.
+
+        None where nothing can be said.
+        """
         layer = event.layer + 1
         if event.residual is None or layer >= len(self._routers):
             return None
-        output = self._routers[layer](self.estimate(event))
-        return None if output is None else output.top_k_index
+        return self._routers[layer](self.estimate(event))
 
     def estimate(self, event: RoutingEvent) -> Tensor:
         """Give the stream that stands for the coming layers' router input, (..., H)."""
