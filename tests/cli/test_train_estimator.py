@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -238,3 +239,12 @@ class TestPredictorSetting:
             checkpoint, predictor="default-vectors", cache_dir=tmp_path
         ) as opened:
             assert opened.config.predictor == "default-vectors"
+
+
+def test_it_trains_on_the_cpu_only() -> None:
+    runtime = SimpleNamespace(predictor=object())
+    engine: Any = SimpleNamespace(
+        runtime=runtime, model=SimpleNamespace(device=torch.device("cuda", 0))
+    )
+    with pytest.raises(ConfigError, match="the model is on cuda:0"):
+        train_estimator(engine, "text")
