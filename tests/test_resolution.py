@@ -295,7 +295,9 @@ class TestStaged:
         assert "do not all fit" in caplog.text
         assert resolve(config(device=device), loaded).orchestration == "device"
 
-    @pytest.mark.parametrize("setting", [{"policy": "speculate-when"}, {"eviction": "lfu"}], ids=str)
+    @pytest.mark.parametrize(
+        "setting", [{"policy": "speculate-when"}, {"eviction": "lfu"}], ids=str
+    )
     def test_auto_is_the_host_where_a_setting_wants_it(
         self, loaded: LoadedModel, setting: dict[str, Any], caplog: pytest.LogCaptureFixture
     ) -> None:
