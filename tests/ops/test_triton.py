@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from foreload.ops.device_experts import DeviceExperts, TwinKernels
+from foreload.ops.device_experts import DeviceExperts, ResidentExperts, TwinKernels
 from foreload.ops.device_layout import StoredFormat, expert_layout, pack_expert, unpack_expert
 from foreload.ops.device_tables import make_tables
 from foreload.ops.reference import SumRule
@@ -128,6 +128,50 @@ class Pair:
                 found = unpack_expert(self.layout, slots[slot].cpu())
                 for name, value in unpack_expert(self.layout, wanted[slot]).items():
                     assert torch.equal(found[name], value), (name, slot, expert)
+
+
+@pytest.mark.parametrize("group", [16, None])
+@pytest.mark.parametrize("stored", [StoredFormat.INT4, StoredFormat.INT8])
+def test_resident_experts_are_never_fetched(
+    stored: StoredFormat, group: int | None, device: str
+) -> None:
+    experts, sizes = PlainExperts(), (64, 48 if group else 32)
+    shapes = shapes_of(experts, *sizes)
+    layout = expert_layout(experts, shapes, stored, dtype=torch.float32, group=group)
+    blocks = torch.zeros(2, experts.num_experts, layout.num_bytes, dtype=torch.uint8)
+    for layer in range(2):
+        for expert in range(experts.num_experts):
+            weights = random_weights(experts, *sizes, seed=100 * layer + expert)
+            pack_expert(layout, weights, blocks[layer, expert], search=True)
+    layouts, rules = [layout] * 2, [SumRule.HIDDEN] * 2
+    twins = ResidentExperts(layouts, blocks, sum_rules=rules)
+    there = blocks.to(device)
+    kernels = ResidentExperts(layouts, there, sum_rules=rules, kernels=TritonKernels())
+    generator = torch.Generator().manual_seed(0)
+    for index in ([[3, 1]], [[0, 7]], [[3, 5]]):
+        hidden = torch.randn(1, sizes[0], generator=generator)
+        ids, weights = torch.tensor(index), torch.rand(1, TOP_K, generator=generator)
+        for layer in range(2):
+            wanted = twins.run(layer, experts, hidden, Routing(ids, weights))
+            routing = Routing(ids.to(device), weights.to(device))
+            found = kernels.run(layer, experts, hidden.to(device), routing).cpu()
+            atol = TOLERANCES[torch.float32] * wanted.abs().max().item()
+            torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+    same_tables(kernels._tables, twins._tables)
+    assert not kernels._tables.counters[:, 1].any(), "every one is a hit"
+    assert torch.equal(there.cpu(), blocks)
+
+
+def test_what_a_round_has_named_does_not_leave_for_what_it_names_next(device: str) -> None:
+    """Rows of tokens to come are negative, and what was wanted last may go at once."""
+    pair = Pair(PlainExperts(), StoredFormat.FLOAT32, torch.float32, (16, 8), device)
+    pair.run(0, [[0, 1], [2, 3]])
+    for rows in ([[4, 1], [-1, -1]], [[4, 1], [5, 4]], [[4, 1], [5, 0]]):
+        for side, place in ((pair.twins, "cpu"), (pair.kernels, device)):
+            side.prefetch(0, torch.tensor(rows, device=place), min_age=0)
+        pair.check(0)
+    assert {0, 1, 4, 5} == set(pair.twins.tables.expert_of[0, :4].tolist())
+    pair.run(0, [[4, 1], [5, 0]])
 
 
 def same_tables(found: Any, wanted: Any) -> None:
