@@ -72,23 +72,21 @@ def test_the_wire_carries_what_misses_as_it_is_stored() -> None:
 
 
 def test_overlap_hides_the_shorter_where_nothing_disturbs() -> None:
-    assert overlap_s(3, 7, MACHINE) == 7
-    assert overlap_s(7, 3, MACHINE) == 7
-    assert overlap_s(7, 0, MACHINE) == 7
+    assert overlap_s(3, 7) == 7
+    assert overlap_s(7, 3) == 7
+    assert overlap_s(7, 0) == 7
 
 
 def test_shares_that_add_up_to_one_leave_nothing_to_gain() -> None:
-    sharing = replace(MACHINE, compute_share=0.6, copy_share=0.4)
-    assert overlap_s(3, 7, sharing) == pytest.approx(10)
-    assert overlap_s(7, 3, sharing) == pytest.approx(10)
+    assert overlap_s(3, 7, compute_share=0.6, copy_share=0.4) == pytest.approx(10)
+    assert overlap_s(7, 3, compute_share=0.6, copy_share=0.4) == pytest.approx(10)
 
 
 def test_what_is_left_of_the_longer_one_runs_at_full_speed() -> None:
-    halved = replace(MACHINE, compute_share=0.5)
     # 2 s of computing take 4 s beside copies; the other 6 s of copying are undisturbed.
-    assert overlap_s(2, 10, halved) == pytest.approx(10)
+    assert overlap_s(2, 10, compute_share=0.5) == pytest.approx(10)
     # 2 s of copying cost 1 s of computing.
-    assert overlap_s(10, 2, halved) == pytest.approx(11)
+    assert overlap_s(10, 2, compute_share=0.5) == pytest.approx(11)
 
 
 def test_on_demand_waits_for_all_copies_and_computes_the_last_expert_after_them() -> None:

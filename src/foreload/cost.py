@@ -161,7 +161,9 @@ def wire_limit_s(work: DecodeWork, machine: MachineRates, hit_rate: float) -> fl
     return max(resident_s(work, machine), wire_s(work, machine, hit_rate))
 
 
-def overlap_s(compute_s: float, copying_s: float, machine: MachineRates) -> float:
+def overlap_s(
+    compute_s: float, copying_s: float, *, compute_share: float = 1.0, copy_share: float = 1.0
+) -> float:
     """Give the seconds of computing and copying side by side.
 
     While both run, each keeps its share of its speed; what is left of the longer one runs alone.
@@ -170,12 +172,11 @@ def overlap_s(compute_s: float, copying_s: float, machine: MachineRates) -> floa
     Args:
         compute_s: Seconds the computation takes alone.
         copying_s: Seconds the copies take alone.
-        machine: Its `compute_share` and `copy_share` are used.
+        compute_share: Share of its speed that computing keeps while copies run.
+        copy_share: Share of their bandwidth that copies keep while the machine computes.
     """
-    both = min(compute_s / machine.compute_share, copying_s / machine.copy_share)
-    return (
-        both + (compute_s - both * machine.compute_share) + (copying_s - both * machine.copy_share)
-    )
+    both = min(compute_s / compute_share, copying_s / copy_share)
+    return both + (compute_s - both * compute_share) + (copying_s - both * copy_share)
 
 
 def cached_s(work: DecodeWork, machine: MachineRates, hit_rate: float) -> float:
@@ -211,9 +212,18 @@ def prefetched_s(
     """
     misses = work.top_k * (1 - hit_rate)
     compute_s = resident_s(work, machine) + work.num_layers * misses * machine.call_s
-    beside = overlap_s(compute_s, wire_s(work, machine, hit_rate), machine)
+    beside = _beside_s(compute_s, wire_s(work, machine, hit_rate), machine)
     unnamed = _layer_s(work, machine, misses * (1 - recall))
     return max(beside, work.num_layers * unnamed) + work.num_layers * machine.prediction_s
+
+
+def _beside_s(compute_s: float, copying_s: float, machine: MachineRates) -> float:
+    return overlap_s(
+        compute_s,
+        copying_s,
+        compute_share=machine.compute_share,
+        copy_share=machine.copy_share,
+    )
 
 
 def _layer_s(work: DecodeWork, machine: MachineRates, misses: float) -> float:
@@ -227,7 +237,7 @@ def _whole_layer_s(work: DecodeWork, machine: MachineRates, misses: int) -> floa
     expert = expert_s(work, machine)
     if misses == 0:
         return dense_s(work, machine) + work.top_k * expert
-    beside = overlap_s((work.top_k - 1) * expert, misses * copy_s(work, machine), machine)
+    beside = _beside_s((work.top_k - 1) * expert, misses * copy_s(work, machine), machine)
     return dense_s(work, machine) + misses * machine.call_s + beside + expert
 
 

@@ -45,6 +45,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
     written = {path.name for path in (folder / "out").iterdir()}
     assert {"summary.md", "samples.jsonl", "tpot-60.png", "roofs-60-100.png"} <= written
     assert "Verification of eight positions" in result.summary
+    (limits,) = result.limits
+    assert 0 < limits.compute_share <= 1
+    assert 0 < limits.copy_share <= 1
+    assert (limits.compute_share, limits.copy_share) != (1, 1), "they disturb each other"
     return {sample.arm: sample for sample in result.samples}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,8 +61,23 @@ def test_verifications_of_eight_are_compared_with_their_limit() -> None:
         verifications=[[8, 0.044, 90, 10], [8, 0.090, 90, 60], [2, 1.0, 9, 9]],
     )
     found = verification_ratios([resident, wide], [draft_limits()])
-    assert [ratio for _, ratio in found] == pytest.approx([1.1, 1.5])
+    assert [one.to_limit for one in found] == pytest.approx([1.1, 1.5])
+    assert [one.to_shared_limit for one in found] == pytest.approx([1.1, 1.5])
     assert verification_ratios([wide], [draft_limits()]) == []
+
+
+def test_a_second_limit_counts_in_that_copying_and_computing_disturb_each_other() -> None:
+    resident = draft_sample(
+        "draft-7-resident", 9, is_resident=True, verifications=[[8, 0.04, 9, 0]]
+    )
+    wide = draft_sample("draft-7", 20, verifications=[[8, 0.088, 9, 60]])
+    limits = replace(draft_limits(), compute_share=0.5, copy_share=0.75)
+    (found,) = verification_ratios([resident, wide], [limits])
+    # 40 ms of computing and 60 ms of copying: 80 ms of both end both.
+    assert found.to_limit == pytest.approx(0.088 / 0.060)
+    assert found.to_shared_limit == pytest.approx(0.088 / 0.080)
+    text = summarise_moe_speq(SPEQ_MACHINE, [resident, wide], [limits])
+    assert "| 0.50 [0.50 to 0.50] and 0.75 [0.75 to 0.75] | 1.10 [1.10 to 1.10] |" in text
 
 
 def test_the_governor_stands_beside_the_best_fixed_number() -> None:

@@ -44,4 +44,5 @@ MOE_SPEQ = Suite(
     contexts=(100,),
     summarise=summarise_moe_speq,
     plot=plot_moe_speq,
+    measures_shares=True,
 )

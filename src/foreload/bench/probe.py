@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from foreload.memory.transfer import Transfer
+    from foreload.memory.transfer import CopyBackend, Transfer
     from foreload.model.headers import ModelHeaders
     from foreload.model.hf import LoadedModel
     from foreload.types import ExpertPlan, Predictor
@@ -98,7 +98,12 @@ def has_weights(plans: Sequence[Sequence[ExpertPlan]]) -> bool:
     return sum(s.st_blocks * 512 for s in stats) > sum(s.st_size for s in stats) / 2
 
 
-def probe_experts(headers: ModelHeaders, *, folder: Path | None = None) -> ExpertProbe:
+def probe_experts(
+    headers: ModelHeaders,
+    *,
+    folder: Path | None = None,
+    make_backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
+) -> ExpertProbe:
     """Compute experts of the model's shape, copy the checkpoint's, and both at once.
 
     In turn, several times: what else the machine does disturbs all of them alike.
@@ -107,6 +112,7 @@ def probe_experts(headers: ModelHeaders, *, folder: Path | None = None) -> Exper
         headers: The model.
         folder: On the disk that is meant: a scratch file of experts is written there where the
             checkpoint holds no weights. None leaves the copies out.
+        make_backend: Makes what moves the bytes.
 
     Raises:
         ConfigError: No scratch file can be written in `folder`.
@@ -119,7 +125,7 @@ def probe_experts(headers: ModelHeaders, *, folder: Path | None = None) -> Exper
     room = min(_ARENA_BYTES, psutil.virtual_memory().available // 4)
     num_slots = max(2, min(room // headers.slot_bytes, headers.num_experts))
     with ExitStack() as stack:
-        probe = stack.enter_context(closing(_Probe(headers, num_slots)))
+        probe = stack.enter_context(closing(_Probe(headers, num_slots, make_backend)))
         if folder is not None:
             probe.plans = stack.enter_context(_readable(headers, folder, num_slots))
             # Memory that was never touched before takes longer to fill: this round is not counted.
@@ -239,7 +245,12 @@ class _Probe:
         plans: What is copied, one after the other and round again.
     """
 
-    def __init__(self, headers: ModelHeaders, num_slots: int) -> None:
+    def __init__(
+        self,
+        headers: ModelHeaders,
+        num_slots: int,
+        make_backend: Callable[[SlotArena], CopyBackend],
+    ) -> None:
         self.plans: Sequence[ExpertPlan] = ()
         self._headers = headers
         self._arena = SlotArena(num_slots, headers.slot_bytes)
@@ -256,7 +267,7 @@ class _Probe:
         dtype = getattr(torch, headers.spec.dtype)
         self._row = torch.ones(1, headers.spec.hidden_size, dtype=dtype)
         self._transfers = TransferEngine(
-            DiskBackend(self._arena), num_workers=EngineConfig().num_workers
+            make_backend(self._arena), num_workers=EngineConfig().num_workers
         )
 
     def close(self) -> None:

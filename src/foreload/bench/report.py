@@ -46,6 +46,8 @@ class BudgetLimits:
         expert_bytes: Bytes of one expert on disk.
         hit_rates: Hit rate of each eviction policy on the trace, without prefetch.
         misses_per_token: Its misses per decoded token.
+        compute_share: Share of its speed that computing keeps while copies run.
+        copy_share: Share of their bandwidth that copies keep while the machine computes.
     """
 
     budget: float
@@ -57,6 +59,8 @@ class BudgetLimits:
     hit_rates: dict[str, float]
     misses_per_token: dict[str, float]
     context: int = 0
+    compute_share: float = 1.0
+    copy_share: float = 1.0
 
 
 def wire_limit_s(limits: BudgetLimits, policy: str) -> float:

@@ -8,7 +8,7 @@ share, and the engine suite.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from foreload.bench.arm import Arm, Sample
@@ -20,11 +20,13 @@ from foreload.bench.measure import (
     run_stock_arm,
 )
 from foreload.bench.plots import plot_timeline, plot_tpot
+from foreload.bench.probe import probe_experts
 from foreload.bench.report import BudgetLimits, label_arm, summarise
 from foreload.bench.workload import make_workloads
 from foreload.config import EngineConfig, format_bytes
 from foreload.engine import Engine
 from foreload.errors import CapacityError, ConfigError
+from foreload.model.headers import read_headers
 from foreload.model.hf import load_model, load_tokenizer
 from foreload.model.source import resolve_model
 from foreload.predict.calibration import calibration_path
@@ -61,6 +63,8 @@ class Suite:
         contexts: Prompt lengths, unless others are asked for.
         summarise: Writes the Markdown summary.
         plot: Draws the figures into a folder.
+        measures_shares: Whether its limits also count in that copying and computing slow each
+            other down.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Suite:
     contexts: tuple[int, ...]
     summarise: Summarise
     plot: Plot
+    measures_shares: bool = False
 
 
 RESIDENT = Arm("all-resident", {"predictor": "none"}, is_resident=True)
@@ -196,6 +201,8 @@ class _SuiteRun:
         self._budgets = options.budgets or suite.budgets
         self._contexts = options.contexts or suite.contexts
         self._loaded = load_model(directory, dtype=options.dtype)
+        self._headers = read_headers(directory, dtype=options.dtype)
+        self._directory = directory
         self._cache_dir = default_cache_dir()
         self.result = SuiteResult(machine=describe_machine(self._loaded, options.model))
         self.result.machine["link_bytes_s"] = options.link_bytes_s
@@ -261,13 +268,26 @@ class _SuiteRun:
         self.result.samples.append(sample)
         if reference is None:
             reference = run.logits
+        shares = self._measure_shares()
         for budget in self._budgets:
-            self.result.limits.append(self._limits(trace, budget, trial, sample.tpot_s, workload))
+            limits = self._limits(trace, budget, trial, sample.tpot_s, workload)
+            self.result.limits.append(replace(limits, **shares))
             for arm in arms:
                 self._tell(f"{place}: {arm.name} at {budget:.0%}")
                 if not self._fits(arm, budget):
                     continue
                 self._run_arm(arm, budget, trial, workload, trace, reference)
+
+    def _measure_shares(self) -> dict[str, float]:
+        """Measure what copying and computing keep of their speed beside each other."""
+        if not self._suite.measures_shares:
+            return {}
+        probe = probe_experts(
+            self._headers,
+            folder=self._directory,
+            make_backend=make_backend(self._options.link_bytes_s),
+        )
+        return {"compute_share": probe.compute_share, "copy_share": probe.copy_share}
 
     def _fits(self, arm: Arm, budget: float) -> bool:
         """Tell whether a budget has room for an arm's draft; note it where it has not."""
