@@ -160,7 +160,7 @@ class TestDevice:
         assert (resolved.draft, resolved.num_draft_tokens) == (kind, 5)
         slots = (int(0.9 * 16 * slot) - drafted) // slot
         assert resolved.expert_memory == drafted + slots * slot
-        assert device_slots(resolved, loaded) == slots
+        assert device_slots(resolved, loaded) == (slots,) * loaded.spec.num_moe_layers
         assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
         # No more is taken than draft and experts need.
         most = resolve(config(**asked, expert_memory="500%"), loaded)

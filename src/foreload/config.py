@@ -87,6 +87,9 @@ class EngineConfig:
             experts from disk, on a CUDA device by way of the host tier; "device", tables on the
             device itself, all experts being in the host tier; or "auto": on a CUDA device "device"
             where that can be, else "host".
+        slot_plan: For orchestration="device", how the slots are divided over the MoE layers:
+            "equal"; the path of a trace of this model, whose decoded tokens shall miss least; or
+            the slots of each layer.
         predictor: "none", "lookahead", "default-vectors", "estimator", or "auto": the best of
             these by recall, measured as text is generated. Prefetching switches itself off while it
             loses.
@@ -111,6 +114,7 @@ class EngineConfig:
     expert_memory: str | int = "auto"
     host_memory: str | int = "auto"
     orchestration: str = "auto"
+    slot_plan: str | tuple[int, ...] = "equal"
     predictor: str = "auto"
     lookahead_layers: int = 2
     eviction: str = "history"
@@ -154,6 +158,7 @@ class EngineConfig:
                 hint="use predictor='auto'",
             )
         self._check_draft()
+        self._check_slot_plan()
         self._check_orchestration()
         for name in ("expert_memory", "host_memory"):
             if getattr(self, name) != "auto":
@@ -181,6 +186,18 @@ class EngineConfig:
                 hint="use policy='exact', or draft='none'",
             )
 
+    def _check_slot_plan(self) -> None:
+        plan = self.slot_plan
+        if isinstance(plan, list):
+            object.__setattr__(self, "slot_plan", tuple(plan))
+        numbers = plan if isinstance(plan, list | tuple) else ()
+        is_whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
+        if not plan or not isinstance(plan, str | list | tuple) or not is_whole:
+            raise ConfigError(
+                f"slot_plan={plan!r} is unknown",
+                hint="use 'equal', the path of a trace, or the slots of each MoE layer",
+            )
+
     def _check_orchestration(self) -> None:
         obstacle = self.host_only
         if self.orchestration == "device" and obstacle is not None:
@@ -189,6 +206,12 @@ class EngineConfig:
                 hint="use orchestration='host', or leave it out",
             )
         is_hosts = self.orchestration == "host" or obstacle is not None
+        if is_hosts and self.slot_plan != "equal":
+            raise ConfigError(
+                "slot_plan divides the slots of a device that decides for itself; the host's are "
+                "shared by all layers",
+                hint="use orchestration='device', or slot_plan='equal'",
+            )
         if self.device.startswith("cuda") and is_hosts and self.draft not in ("none", "auto"):
             raise ConfigError(
                 f"draft={self.draft!r} does not run where the host decides about the experts of a "

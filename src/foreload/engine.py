@@ -63,7 +63,7 @@ from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 from foreload.schedule.prefetch import PrefetchSwitch, most_prefetches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from foreload.model.sites import EarlyRouter, MoeSite
     from foreload.predict.estimator import CorrectedRouter, LayerNetwork
     from foreload.schedule.policy import ExecutionPolicy
+    from foreload.trace.record import RoutingTrace
     from foreload.types import ModelSpec, Predictor
 
 __all__ = ["Chunk", "Engine", "GenerationResult"]
@@ -337,7 +338,37 @@ class Engine:
     @property
     def num_slots(self) -> int:
         """Give how many experts fit into the device tier."""
-        return self.tiers.num_slots if self._device is None else self._device.num_slots
+        return self.tiers.num_slots if self._device is None else sum(self._device.slots)
+
+    @property
+    def slots_per_layer(self) -> tuple[int, ...]:
+        """Give the slots of each MoE layer, where the device decides.
+
+        Raises:
+            ConfigError: The host decides about experts: its slots are shared by all layers.
+        """
+        return self._require_device().slots
+
+    def replan_slots(self, slot_plan: str | Path | Sequence[int] | RoutingTrace) -> None:
+        """Divide the device's slots anew over the MoE layers, between requests.
+
+        Texts stay what they are. Every expert leaves its slot, and steps are captured again, so
+        the next request is slower.
+
+        Args:
+            slot_plan: As the setting: "equal", a trace of this model or its path, or the slots of
+                each layer.
+
+        Raises:
+            ForeloadError: A request is running, or the engine is closed.
+            ConfigError: The plan is not for this model; or the host decides about experts.
+            TraceError: The trace cannot be read.
+        """
+        self._require_open()
+        device = self._require_device()
+        device.divide_slots(slot_plan)
+        is_equal = isinstance(slot_plan, str) and slot_plan == "equal"
+        self.config = self.config.with_values(slot_plan="equal" if is_equal else device.slots)
 
     @property
     def expert_memory_bytes(self) -> int:
@@ -507,7 +538,7 @@ class Engine:
         path = self._device = DevicePath(
             loaded,
             device,
-            num_slots=device_slots(config, loaded),
+            slots=device_slots(config, loaded),
             sum_rules=sum_rules,
             forward=self.forward_all,
             metrics=self.metrics,
@@ -600,6 +631,14 @@ class Engine:
                 hint="shorten the prompt",
             )
         return limit - num_prompt_tokens
+
+    def _require_device(self) -> DevicePath:
+        if self._device is None:
+            raise ConfigError(
+                "this needs the device to decide about experts, and here the host does",
+                hint="use orchestration='device'",
+            )
+        return self._device
 
     def _require_open(self) -> None:
         if self._closed:

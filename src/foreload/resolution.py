@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from foreload.config import EngineConfig, parse_size
-from foreload.errors import CapacityError, MissingExtraError, UnsupportedModelError
+from foreload.errors import CapacityError, ConfigError, MissingExtraError, UnsupportedModelError
 from foreload.memory import cuda
 from foreload.memory.arena import slot_bytes
 from foreload.model.device_plan import (
@@ -22,6 +22,8 @@ from foreload.model.device_plan import (
     device_layouts,
     draft_layouts,
     kv_bytes_per_token,
+    least_slots,
+    most_step_tokens,
 )
 from foreload.model.draft import (
     DRAFT_BITS,
@@ -34,6 +36,7 @@ from foreload.model.draft import (
 from foreload.model.draft_choice import draft_pays, measure_figures
 from foreload.model.kv_cache import can_rewind
 from foreload.model.sites import silenced_experts
+from foreload.model.slot_division import divide_slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -154,6 +157,7 @@ def _resolve_host(
     config: EngineConfig, loaded: LoadedModel, cache_dir: Path | None
 ) -> EngineConfig:
     """Resolve settings for experts that come from disk as the host's loop decides."""
+    _refuse_slot_plan(config)
     size = slot_size(loaded.plans)
     whole = size * sum(len(layer) for layer in loaded.plans)
     least = least_memory(loaded)
@@ -195,8 +199,18 @@ def _resolve_host(
     )
 
 
+def _refuse_slot_plan(config: EngineConfig) -> None:
+    if config.slot_plan != "equal":
+        raise ConfigError(
+            "slot_plan divides the slots of a device that decides for itself, and here the host "
+            "decides: its slots are shared by all layers",
+            hint="use orchestration='device', or slot_plan='equal'",
+        )
+
+
 def _resolve_staged(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     """Resolve settings for a CUDA device whose experts come as the host's loop decides."""
+    _refuse_slot_plan(config)
     spec = loaded.spec
     device = cuda.find_device("cuda" if config.device == "auto" else config.device)
     size = slot_size(loaded.plans)
@@ -271,7 +285,7 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     budget = _device_budget(config, whole, room, spare, draft_bytes=drafted)
     # A verification runs over two tokens at least.
     num_tokens = 1 if draft == "none" else 2
-    least = min(num_tokens * spec.top_k, spec.num_experts) * layer_slot + drafted
+    least = least_slots(num_tokens, spec) * layer_slot + drafted
     if budget < least:
         needs = (
             "one token's needs"
@@ -285,11 +299,19 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
             available_bytes=max(budget, 0),
             setting="expert_memory",
         )
+    if draft != "none" and isinstance(config.num_draft_tokens, int):
+        # A plan may not narrow the verifications that equal slots serve.
+        served = most_step_tokens([(budget - drafted) // layer_slot], spec)
+        num_tokens = max(num_tokens, min(config.num_draft_tokens + 1, served))
+    slots = divide_slots(
+        config.slot_plan, (budget - drafted) // size, spec, num_tokens=num_tokens
+    )
     return config.with_values(
         device=str(device),
         orchestration="device",
         dtype=spec.dtype,
-        expert_memory=(budget - drafted) // layer_slot * layer_slot + drafted,
+        slot_plan="equal" if config.slot_plan == "equal" else slots,
+        expert_memory=sum(slots) * size + drafted,
         host_memory=whole,
         draft=draft,
         num_draft_tokens=config.num_draft_tokens if draft != "none" else "auto",
@@ -297,10 +319,10 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     )
 
 
-def device_slots(config: EngineConfig, loaded: LoadedModel) -> int:
-    """Give the slots of every layer that resolved settings leave on a device, beside a draft."""
-    layer_slot = loaded.spec.num_moe_layers * block_bytes(device_layouts(loaded))
-    return (int(config.expert_memory) - _device_draft_bytes(loaded, config.draft)) // layer_slot
+def device_slots(config: EngineConfig, loaded: LoadedModel) -> tuple[int, ...]:
+    """Give the slots of each MoE layer that resolved settings leave on a device, beside a draft."""
+    left = int(config.expert_memory) - _device_draft_bytes(loaded, config.draft)
+    return divide_slots(config.slot_plan, left // block_bytes(device_layouts(loaded)), loaded.spec)
 
 
 def _device_draft_bytes(loaded: LoadedModel, draft: str) -> int:

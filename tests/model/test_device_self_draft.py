@@ -196,13 +196,13 @@ def test_what_slots_cannot_serve_is_not_captured(
 ) -> None:
     with open_drafting(tiny_checkpoint, expert_memory="100%", num_draft_tokens=6) as engine:
         drafter = drafter_of(engine)
-        assert 2 <= drafter._most_step_tokens < 7
+        assert 2 <= drafter.most_step_tokens < 7
         assert "verified past them" in caplog.text
         with prefilled(engine) as step:
             step._is_capturing = True
             for num_tokens in range(2, 8):
                 wants = drafter.verifying_step(step, num_tokens)._wants_capture
-                assert wants == (num_tokens <= drafter._most_step_tokens)
+                assert wants == (num_tokens <= drafter.most_step_tokens)
             step._is_capturing = False
             step._beside.clear()
             run_round(engine, step, 6)

@@ -41,6 +41,7 @@ HELP = {
     "expert_memory": 'Ceiling of the memory for experts: auto, "2GiB", or "25%" of all experts.',
     "host_memory": "Ceiling of the host tier, through which experts get to a device.",
     "orchestration": "Who decides which experts are on the device: the host, or the device.",
+    "slot_plan": "Slots per MoE layer on a device: equal, or a trace to plan them from.",
     "predictor": "Who guesses the coming experts; auto takes what pays on this machine.",
     "lookahead_layers": "How many MoE layers ahead to guess.",
     "eviction": "Which expert makes room; none keeps no expert after its use.",
@@ -79,6 +80,7 @@ _METAVARS = {
     "expert_memory": "auto|SIZE|PERCENT",
     "host_memory": "auto|SIZE|PERCENT",
     "num_draft_tokens": "auto|N",
+    "slot_plan": "equal|TRACE",
     "stop": "TEXT",
 }
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from foreload.errors import UnsupportedModelError
+from foreload.errors import ForeloadError, UnsupportedModelError
 from foreload.memory import cuda
 from foreload.memory.expert_stream import ExpertStream
 from foreload.memory.host_arena import HostArena
@@ -28,13 +28,13 @@ from foreload.model.device_self_draft import DeviceSelfDraft
 from foreload.model.graph import StepGraphs
 from foreload.model.kv_cache import can_be_static, make_static_cache
 from foreload.model.sites import silenced_experts
+from foreload.model.slot_division import divide_slots
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import pack_expert
 from foreload.schedule.governor import Governor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from foreload.model.device_runtime import NameExperts, RouteNext
     from foreload.model.graph import ForwardAll, StepGraph
     from foreload.model.hf import LoadedModel
+    from foreload.model.slot_division import SlotPlan
     from foreload.ops.device_experts import ExpertKernels
     from foreload.ops.reference import SumRule
 
@@ -59,7 +60,7 @@ class DevicePath:
     Args:
         loaded: The model, on `device`.
         device: Where it computes.
-        num_slots: Slots of every MoE layer.
+        slots: Slots of each MoE layer.
         sum_rules: Per MoE layer, the element type its experts are summed in.
         forward: From token ids (1, T) and a KV cache to logits (T, V).
         metrics: Where steps and lookups are counted.
@@ -74,7 +75,7 @@ class DevicePath:
 
     Attributes:
         runtime: What happens at each MoE layer.
-        num_slots: Experts that fit, over all layers.
+        slots: Slots of each MoE layer.
         drafter: Makes the rounds of speculative decoding; None without a draft.
 
     Raises:
@@ -88,7 +89,7 @@ class DevicePath:
         loaded: LoadedModel,
         device: torch.device,
         *,
-        num_slots: int,
+        slots: Sequence[int],
         sum_rules: Sequence[SumRule],
         forward: ForwardAll,
         metrics: Metrics,
@@ -112,6 +113,8 @@ class DevicePath:
             )
         layouts = device_layouts(loaded)
         size = block_bytes(layouts)
+        self._spec = spec
+        self._num_requests = 0
         self._host = HostArena(spec.num_moe_layers, spec.num_experts, size, limit_bytes=limit_bytes)
         self._steps: StepGraphs | None = None
         self.drafter: DeviceSelfDraft | None = None
@@ -129,13 +132,13 @@ class DevicePath:
             self._experts = DeviceExperts(
                 layouts,
                 self._host.blocks,
-                num_slots=[num_slots] * spec.num_moe_layers,
+                num_slots=slots,
                 sum_rules=sum_rules,
                 device=device,
                 kernels=kernels,
                 max_prefetches=spec.top_k,
             )
-            self.num_slots = num_slots * spec.num_moe_layers
+            self.slots, self._num_slots = tuple(slots), sum(slots)
             self.runtime = DeviceRuntime(
                 self._experts,
                 ExpertStream(self._host.blocks, device),
@@ -183,9 +186,46 @@ class DevicePath:
         draft = None if self.drafter is None else self.drafter.draft
         return self._experts.num_bytes + (0 if draft is None else draft.num_bytes)
 
-    def lend_step(self, num_positions: int) -> AbstractContextManager[StepGraph | None]:
+    @contextmanager
+    def lend_step(self, num_positions: int) -> Iterator[StepGraph | None]:
         """Lend a step with an empty KV cache for so many tokens; None where there can be none."""
-        return nullcontext() if self._steps is None else self._steps.lend(num_positions)
+        with self.runtime.lock:
+            self._num_requests += 1
+        try:
+            with nullcontext() if self._steps is None else self._steps.lend(num_positions) as step:
+                yield step
+        finally:
+            with self.runtime.lock:
+                self._num_requests -= 1
+
+    def divide_slots(self, plan: SlotPlan) -> None:
+        """Divide the slots anew over the layers, between requests; all experts leave them.
+
+        Args:
+            plan: As for `model.slot_division.divide_slots`.
+
+        Raises:
+            ForeloadError: A request is running.
+            ConfigError: The plan is not for this model.
+            TraceError: A trace cannot be read.
+        """
+        num_tokens = 1
+        if self.drafter is not None:
+            # Rounds go as far as they did.
+            num_tokens = min(self.drafter.governor.most + 1, self.drafter.most_step_tokens)
+        slots = divide_slots(plan, self._num_slots, self._spec, num_tokens=num_tokens)
+        with self.runtime.lock:
+            if self._num_requests:
+                raise ForeloadError(
+                    "slots cannot be divided anew while a request is running",
+                    hint="let its stream end, or close it",
+                )
+            if self._steps is not None:
+                self._steps.release()
+            self.runtime.divide(slots)
+            self.slots = slots
+            if self.drafter is not None:
+                self.drafter.most_step_tokens = most_step_tokens(slots, self._spec)
 
     def release(self) -> None:
         """Let go of steps and memory; may be called twice."""
@@ -208,7 +248,7 @@ class DevicePath:
     ) -> DeviceSelfDraft:
         """Quantise the experts, and make what drafts and verifies."""
         spec = loaded.spec
-        most = most_step_tokens(self.num_slots // spec.num_moe_layers, spec)
+        most = most_step_tokens(self.slots, spec)
         if num_draft_tokens is not None and num_draft_tokens >= most:
             logger.warning(
                 "the slots serve %d tokens at once: %d drafted ones are verified past them, which "

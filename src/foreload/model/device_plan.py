@@ -16,6 +16,8 @@ from foreload.ops.device_experts import MAX_TOKENS
 from foreload.ops.device_layout import StoredFormat, expert_layout
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from foreload.model.hf import LoadedModel
     from foreload.model.sites import MoeSite
     from foreload.ops.device_layout import ExpertLayout
@@ -26,6 +28,7 @@ __all__ = [
     "device_layouts",
     "draft_layouts",
     "kv_bytes_per_token",
+    "least_slots",
     "most_step_tokens",
 ]
 
@@ -74,16 +77,21 @@ def draft_layouts(
     return found
 
 
-def most_step_tokens(num_slots: int, spec: ModelSpec) -> int:
+def least_slots(num_tokens: int, spec: ModelSpec) -> int:
+    """Give the fewest slots of a layer that serve so many tokens at once, whatever they want."""
+    return min(num_tokens * spec.top_k, spec.num_experts)
+
+
+def most_step_tokens(slots: Sequence[int], spec: ModelSpec) -> int:
     """Give the most tokens that slots can serve at once, whatever they want; 0 for not even one.
 
     Args:
-        num_slots: Slots of every layer.
+        slots: Slots of each layer; the one with the fewest decides.
         spec: The model's numbers.
     """
-    if num_slots >= spec.num_experts:
+    if min(slots) >= spec.num_experts:
         return MAX_TOKENS
-    return min(num_slots // spec.top_k, MAX_TOKENS)
+    return min(min(slots) // spec.top_k, MAX_TOKENS)
 
 
 def block_bytes(layouts: list[ExpertLayout]) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from foreload.memory.cuda import SideStream, on_device
+from foreload.memory.cuda import SideStream, on_device, wait_idle
 from foreload.ops.device_experts import MAX_TOKENS
 from foreload.ops.device_layout import unpack_expert
 from foreload.ops.reference import accumulate, expert_forward, group_by_expert
@@ -197,6 +197,24 @@ class DeviceRuntime:
         self._open.clear()
         self._residuals.clear()
         self._guessed.clear()
+
+    def divide(self, slots: Sequence[int]) -> None:
+        """Divide the slots anew over the layers, empty; waits for the device.
+
+        Between requests: what was captured must not be replayed afterwards.
+
+        Args:
+            slots: Slots of each layer, no more in all than there are.
+        """
+        with self.lock:
+            wait_idle(self._pairs.device)
+            self.abandon()
+            # Guesses that nobody has wanted so far leave unused.
+            self._experts.tables.is_fresh.zero_()
+            self.count()
+            self._experts.divide(slots)
+            self._pairs.zero_()
+            self._counted = _Counts()
 
     def count(self) -> None:
         """Bring the metrics up to date with what the device has counted; waits for the device."""

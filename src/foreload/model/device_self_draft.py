@@ -37,7 +37,7 @@ class DeviceSelfDraft:
         draft: The quantised experts.
         forward: From token ids (1, T) and a KV cache to logits (T, V).
         most_step_tokens: Most tokens of a verification that slots can serve. Others run as prompts
-            do, and are not captured.
+            do, and are not captured. Changes where slots are divided anew.
 
     Attributes:
         draft: The quantised experts; None once they were let go of: then nothing is drafted.
@@ -62,7 +62,7 @@ class DeviceSelfDraft:
         self.metrics = metrics
         self._steps = steps
         self._forward = forward
-        self._most_step_tokens = most_step_tokens
+        self.most_step_tokens = most_step_tokens
 
     def begin(self, kv_cache: Any, most: int) -> DeviceRound:
         """Make a round that drafts as many tokens as pays, at most `most`; none is a choice.
@@ -90,7 +90,7 @@ class DeviceSelfDraft:
         """Give the target's step of so many tokens on the sequence of another."""
         if num_tokens == 1:
             return step
-        return step.beside(num_tokens, can_capture=num_tokens <= self._most_step_tokens)
+        return step.beside(num_tokens, can_capture=num_tokens <= self.most_step_tokens)
 
     def _forward_draft(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
         """Run the draft on one token (1, 1); give its logits (1, V)."""

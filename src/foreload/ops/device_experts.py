@@ -38,6 +38,9 @@ __all__ = [
 MAX_TOKENS = 16
 """Tokens that one step may have: a tile of the kernels. Longer inputs want every expert anyway."""
 
+_UNWRITTEN = 0xFF
+"""Every bit set is a NaN in every floating type: reading what was never written shows."""
+
 
 class LayerMemory(NamedTuple):
     """Where the experts of one layer are.
@@ -185,31 +188,51 @@ class DeviceExperts:
             )
         if host.shape[2] < block_bytes:
             raise ShapeError(f"a block has {block_bytes} bytes, in host memory {host.shape[2]}")
-        self.tables = make_tables(num_slots, host.shape[1], device)
         self._kernels: ExpertKernels = kernels or TwinKernels()
         self._max_prefetches = max_prefetches
         self._min_age = min_age
-        # Every bit set is a NaN in every floating type: reading what was never written shows.
-        self._slots = torch.full(
-            (sum(num_slots), host.shape[2]), 0xFF, dtype=torch.uint8, device=device
-        )
+        self._slots = torch.empty((sum(num_slots), host.shape[2]), dtype=torch.uint8, device=device)
         address = host.data_ptr() if host_address is None else host_address
-        self._memory = [
-            LayerMemory(*each)
-            for each in zip(
+        self._layers = list(
+            zip(
                 layouts,
-                torch.split(self._slots, list(num_slots)),
                 host,
                 (address + layer * host[0].numel() for layer in range(len(host))),
                 sum_rules,
                 strict=True,
             )
-        ]
+        )
+        self.divide(num_slots)
 
     @property
     def num_bytes(self) -> int:
         """Give the bytes of all slots."""
         return self._slots.numel()
+
+    def divide(self, num_slots: Sequence[int]) -> None:
+        """Divide the slots anew over the layers, all of them empty and nothing counted.
+
+        Tables and addresses are others afterwards: what was captured must not be replayed, and the
+        device must have nothing left to do with the slots.
+
+        Args:
+            num_slots: Slots of each layer, no more in all than there are.
+
+        Raises:
+            ShapeError: There are more.
+            ValueError: A layer has no slots.
+        """
+        spare = len(self._slots) - sum(num_slots)
+        if len(num_slots) != len(self._layers) or spare < 0:
+            raise ShapeError(f"{list(num_slots)} slots per layer, of {len(self._slots)} slots")
+        num_experts = self._layers[0][1].shape[0]
+        self.tables = make_tables(num_slots, num_experts, self._slots.device)
+        self._slots.fill_(_UNWRITTEN)
+        parts = torch.split(self._slots, [*num_slots, spare])
+        self._memory = [
+            LayerMemory(layout, slots, host, address, rule)
+            for slots, (layout, host, address, rule) in zip(parts, self._layers, strict=False)
+        ]
 
     def run(self, layer: int, experts: Any, hidden_states: Tensor, routing: Routing) -> Tensor:
         """Compute one MoE layer, fetching the experts that are in no slot.

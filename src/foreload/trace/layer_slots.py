@@ -1,0 +1,233 @@
+"""What a trace says about slots of each layer's own: what they would miss, and how to divide them.
+
+Where a device decides, every layer has slots of its own, evicts who was wanted longest ago, and
+reads prompts past its slots. Replays here follow that rule (`ops.device_tables`) without
+prefetching; the shared cache of the host's loop is the business of `trace.replay`. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from foreload.errors import ConfigError
+from foreload.schedule.slot_plan import plan_slots
+from foreload.trace.replay import ReplayCounts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from foreload.trace.record import LayerVisit, RoutingTrace
+    from foreload.types import ModelSpec
+
+__all__ = [
+    "SlotPlanGain",
+    "check_trace",
+    "miss_curves",
+    "plan_from_trace",
+    "replay_layers",
+    "slot_plan_gain",
+]
+
+
+class SlotPlanGain(NamedTuple):
+    """What planned slots miss beside equal ones, experts per decoded token.
+
+    Attributes:
+        slots: The planned slots of each layer.
+        equal_misses: With equal slots.
+        planned_misses: With slots planned from the whole trace, on the same trace.
+        unseen_equal_misses: With equal slots, in the second half of the decoded tokens.
+        unseen_planned_misses: There with slots planned from all that comes before.
+    """
+
+    slots: tuple[int, ...]
+    equal_misses: float
+    planned_misses: float
+    unseen_equal_misses: float
+    unseen_planned_misses: float
+
+
+def check_trace(trace: RoutingTrace, spec: ModelSpec) -> None:
+    """Check that slots of a model can be planned from a trace.
+
+    Raises:
+        ConfigError: It is of another checkpoint or shape, or has no decoded token.
+    """
+    hint = "give a trace of this model: `foreload trace` records one"
+    found = (trace.num_layers, trace.num_experts)
+    if found != (spec.num_moe_layers, spec.num_experts):
+        raise ConfigError(
+            f"the trace has {found[0]} MoE layers of {found[1]} experts, the model "
+            f"{spec.num_moe_layers} of {spec.num_experts}",
+            hint=hint,
+        )
+    info = trace.info
+    if info is not None and info.top_k != spec.top_k:
+        raise ConfigError(
+            f"the trace has {info.top_k} experts per token, the model {spec.top_k}", hint=hint
+        )
+    if info is not None and info.identity not in ("", spec.identity):
+        raise ConfigError(f"the trace is of another checkpoint ({info.model})", hint=hint)
+    _require_decoded(trace)
+
+
+def miss_curves(trace: RoutingTrace) -> NDArray[np.int64]:
+    """Give what each layer misses of the decoded tokens, by its slots: (L, E + 1).
+
+    An expert is there as long as fewer distinct ones than there are slots were wanted after it:
+    one pass gives the misses of every number of slots. The tables break ties between experts that
+    were last wanted together by their slots, and here by their numbers, so a replay may miss a
+    few more or less.
+
+    Raises:
+        ConfigError: The trace has no decoded token.
+    """
+    _require_decoded(trace)
+    most = trace.num_experts
+    curves = np.empty((trace.num_layers, most + 1), dtype=np.int64)
+    for layer in range(trace.num_layers):
+        depths = np.zeros(most + 1, dtype=np.int64)
+        # When each was wanted last, no two at once; 0 for never.
+        last = np.zeros(most, dtype=np.int64)
+        now = 1
+        for visits in trace.steps:
+            visit = visits[layer]
+            wanted = np.asarray(_last_wanted(visit, most), dtype=np.int64)
+            if not visit.is_prefill:
+                since = last[wanted]
+                depth = (last > since[:, None]).sum(1)
+                np.add.at(depths, np.where(since > 0, depth, most), 1)
+            last[wanted] = now + np.arange(len(wanted))
+            now += len(wanted)
+        curves[layer] = depths.sum() - np.concatenate(([0], depths[:most].cumsum()))
+    return curves
+
+
+def plan_from_trace(trace: RoutingTrace, num_slots: int, *, least: int) -> tuple[int, ...]:
+    """Divide slots over the layers so that the trace's decoded tokens miss least.
+
+    Args:
+        trace: Recorded routing.
+        num_slots: Slots to give, over all layers.
+        least: Fewest of a layer.
+
+    Raises:
+        ConfigError: The trace has no decoded token.
+        ValueError: There are too few slots.
+    """
+    return plan_slots(miss_curves(trace), num_slots, least=least)
+
+
+def replay_layers(
+    trace: RoutingTrace, slots: Sequence[int], *, count_from: int = 0
+) -> ReplayCounts:
+    """Run a trace through slots of each layer's own, from empty and without prefetching.
+
+    Args:
+        trace: Recorded routing.
+        slots: Slots of each layer.
+        count_from: First step that is counted; earlier ones and prefills only fill the slots.
+    """
+    hits = lookups = 0
+    for layer, num_slots in enumerate(slots):
+        held = _LayerSlots(num_slots)
+        for step, visits in enumerate(trace.steps):
+            visit = visits[layer]
+            wanted = _last_wanted(visit, trace.num_experts)
+            if visit.is_prefill:
+                held.bring(wanted)
+                continue
+            num_hits = held.serve(wanted)
+            if step >= count_from:
+                hits += num_hits
+                lookups += len(wanted)
+    return ReplayCounts(hits, lookups)
+
+
+def slot_plan_gain(trace: RoutingTrace, num_slots: int, *, least: int) -> SlotPlanGain | None:
+    """Tell what a plan from a trace gains over equal slots, by replay.
+
+    Args:
+        trace: Recorded routing.
+        num_slots: Slots over all layers, rounded down to equal ones.
+        least: Fewest of a layer.
+
+    Returns:
+        The gain; None where there are too few slots, or too few decoded tokens.
+    """
+    number = min(num_slots // trace.num_layers, trace.num_experts)
+    decoded = [step for step in range(len(trace.steps)) if not trace.is_prefill(step)]
+    if number < least or len(decoded) < 2:
+        return None
+    half = decoded[len(decoded) // 2]
+    equal = (number,) * trace.num_layers
+    total = sum(equal)
+    plan = plan_from_trace(trace, total, least=least)
+    earlier = plan_from_trace(replace(trace, steps=trace.steps[:half]), total, least=least)
+    tokens, unseen = _num_tokens(trace, 0), _num_tokens(trace, half)
+    return SlotPlanGain(
+        plan,
+        replay_layers(trace, equal).num_misses / tokens,
+        replay_layers(trace, plan).num_misses / tokens,
+        replay_layers(trace, equal, count_from=half).num_misses / unseen,
+        replay_layers(trace, earlier, count_from=half).num_misses / unseen,
+    )
+
+
+class _LayerSlots:
+    """The slots of one layer, as `ops.device_tables` keeps them."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._slot_of: dict[int, int] = {}
+        self._expert_of = [-1] * num_slots
+        self._stamp = [-1] * num_slots
+        self._now = 0
+
+    def serve(self, wanted: Sequence[int]) -> int:
+        """Give every wanted expert a slot; tell how many had one."""
+        self._now += 1
+        missing = self._place(wanted, newest=self._now)
+        for expert in wanted:
+            if expert in self._slot_of:
+                self._stamp[self._slot_of[expert]] = self._now
+        return len(wanted) - missing
+
+    def bring(self, wanted: Sequence[int]) -> None:
+        """Bring what a prompt's last token wanted, unless the last visit's experts are there."""
+        self._place(wanted, newest=self._now - 1)
+
+    def _place(self, wanted: Sequence[int], *, newest: int) -> int:
+        missing = [expert for expert in wanted if expert not in self._slot_of]
+        taken = {self._slot_of[expert] for expert in wanted if expert in self._slot_of}
+        stamp = self._stamp
+        free = [s for s, at in enumerate(stamp) if s not in taken and (at < 0 or at <= newest)]
+        victims = sorted(free, key=lambda slot: (stamp[slot], slot))
+        for expert, slot in zip(missing, victims, strict=False):
+            self._slot_of.pop(self._expert_of[slot], None)
+            self._slot_of[expert], self._expert_of[slot] = slot, expert
+            stamp[slot] = self._now
+        return len(missing)
+
+
+def _last_wanted(visit: LayerVisit, num_experts: int) -> Sequence[int]:
+    """Give whom a visit leaves in the slots: of a prompt, its last token's experts."""
+    if visit.is_prefill and visit.routing:
+        return sorted({expert for expert in visit.routing[-1] if expert < num_experts})
+    return visit.experts
+
+
+def _require_decoded(trace: RoutingTrace) -> None:
+    if all(trace.is_prefill(step) for step in range(len(trace.steps))):
+        raise ConfigError("the trace has no decoded token", hint="record a longer text")
+
+
+def _num_tokens(trace: RoutingTrace, first: int) -> int:
+    """Count the decoded tokens from a step on."""
+    return sum(
+        visits[0].num_tokens for visits in trace.steps[first:] if not visits[0].is_prefill
+    )
