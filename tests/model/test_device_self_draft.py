@@ -201,7 +201,7 @@ def test_what_slots_cannot_serve_is_not_captured(
         with prefilled(engine) as step:
             step._is_capturing = True
             for num_tokens in range(2, 8):
-                wants = drafter.verifying_step(step, num_tokens)._wants_capture
+                wants = drafter.verifying_step(step, num_tokens).wants_capture
                 assert wants == (num_tokens <= drafter.most_step_tokens)
             step._is_capturing = False
             step._beside.clear()

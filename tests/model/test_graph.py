@@ -1,26 +1,23 @@
 """Steps at fixed addresses give what any forward gives, captured (by a stand-in) or not.
 
-No test here needs a CUDA device. The stand-in records the calls a capture makes and undoes what a
-real capture would not have executed.
+No test here needs a CUDA device.
 """
 
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from fake_cuda import FakeCuda
 from foreload.errors import ForeloadError
 from foreload.model.graph import StepGraph, StepGraphs
 from foreload.model.kv_cache import clear_static, make_static_cache, rewind_static
+from watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -117,57 +114,11 @@ def test_steps_beside_share_the_sequence(run: Any, tiny_model: PreTrainedModel) 
             gone.run(tokens)
 
 
-class FakeCuda:
-    """Stands in for torch.cuda: a graph replays the step it saw into the tensors it gave."""
-
-    def __init__(self, step: StepGraph, *, fails: bool = False) -> None:
-        self.step = step
-        self.fails = fails
-        self.log: list[str] = []
-        self.outputs: tuple[Tensor, ...] = ()
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stream = SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-        monkeypatch.setattr(torch.cuda, "stream", self.on_stream)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
-        monkeypatch.setattr(torch.cuda, "graph", self.graph)
-
-    @contextmanager
-    def on_stream(self, stream: Any) -> Iterator[None]:
-        self.log.append("warm up")
-        yield
-
-    @contextmanager
-    def graph(self, graph: Any, capture_error_mode: str) -> Iterator[None]:
-        self.log.append("capture")
-        inner = self.step._step
-
-        def see() -> tuple[Tensor, Tensor]:
-            if self.fails:
-                raise RuntimeError("operation not permitted when stream is capturing")
-            self.outputs = inner()
-            rewind_static(self.step.cache, self.step._token_ids.shape[1])
-            return self.outputs
-
-        self.step._step = see  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            self.step._step = inner  # type: ignore[method-assign]
-
-    def replay(self) -> None:
-        self.log.append("replay")
-        for fixed, new in zip(self.outputs, self.step._step(), strict=True):
-            fixed.copy_(new)
-
-
 def test_a_captured_step_is_replayed(
     run: Any, tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = make_step(run, tiny_model, is_captured=True)
-    cuda = FakeCuda(step)
+    cuda = FakeCuda()
     cuda.install(monkeypatch)
     tokens = [11, 12, 13, 14]
     for turn in range(2):
@@ -184,18 +135,83 @@ def test_a_step_can_be_captured_before_it_runs(
 ) -> None:
     first = make_step(run, tiny_model, is_captured=True)
     step = first.beside(2)
-    assert not first.beside(3, can_capture=False)._wants_capture
-    cuda = FakeCuda(step)
+    assert not first.beside(3, can_capture=False).wants_capture
+    cuda = FakeCuda()
     cuda.install(monkeypatch)
     run(torch.tensor([PROMPT]), step.cache)
-    for _ in range(2):
-        step.prepare()
+    assert [step.prepare() for _ in range(2)] == [True, False]
     assert step.is_captured
     assert cuda.log == ["wait", "warm up", "wait", "capture"], "captured once, and not run"
     assert int(step.cache.layers[0].cumulative_length) == len(PROMPT)
     wanted = torch.stack(wanted_logits(run, tiny_model, [11, 12]))
     torch.testing.assert_close(step.run([11, 12])[0], wanted)
     assert cuda.log[-1] == "replay"
+
+
+def test_steps_used_in_turn_share_memory_and_keep_their_outputs(
+    run: Any, tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make_step(run, tiny_model, is_captured=True)
+    three = one.beside(3)
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    wanted = wanted_logits(run, tiny_model, [11, 12, 13, 14])
+    run(torch.tensor([PROMPT]), one.cache)
+    for _ in range(2):
+        wide, best = three.run([11, 12, 13])
+        narrow, token = one.run([14])
+        three.rewind(4)
+        torch.testing.assert_close(wide, torch.stack(wanted[:3]))
+        assert torch.equal(best, wide.argmax(-1))
+        three.run([11, 12, 13])
+        three.rewind(3)
+        torch.testing.assert_close(narrow[0], wanted[3])
+        assert torch.equal(token, narrow.argmax(-1))
+    assert cuda.log.count("replay") == 6
+    first, second = cuda.graphs
+    assert first.handle is second.handle
+
+
+def test_a_pool_that_has_ended_is_not_named_again(
+    run: Any, tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    steps = StepGraphs(run, lambda room: make_static_cache(tiny_model, room), CPU, is_captured=True)
+    with steps.lend(20) as first:
+        with steps.lend(20) as second:
+            for step in (first, second):
+                run(torch.tensor([PROMPT]), step.cache)
+                step(3)
+    steps.release()
+    with steps.lend(20) as third:
+        run(torch.tensor([PROMPT]), third.cache)
+        third(3)
+    handles = [graph.handle for graph in cuda.graphs]
+    assert handles[0] is handles[1]
+    assert handles[2] is not handles[0]
+
+
+def test_a_step_that_breaks_while_it_is_warmed_up_says_why(
+    run: Any, tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(token_ids: Tensor, cache: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    step = make_step(break_off, tiny_model, is_captured=True)
+    FakeCuda().install(monkeypatch)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(3)
+
+
+def test_the_host_waits_once_for_a_token(tiny_model: PreTrainedModel) -> None:
+    rows = torch.eye(32)
+    step = make_step(lambda token_ids, cache: rows[token_ids[0]], tiny_model)
+    with Watch() as watch:
+        step.run([11])
+        assert not watch.asked
+        assert step.likeliest(12) == 12
+    assert watch.asked == ["aten::item"]
 
 
 def test_a_step_that_cannot_be_captured_runs_as_it_is(
@@ -206,7 +222,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(
 ) -> None:
     broken: list[bool] = []
     step = make_step(run, tiny_model, is_captured=True, on_broken=lambda: broken.append(True))
-    FakeCuda(step, fails=True).install(monkeypatch)
+    FakeCuda(fails=True).install(monkeypatch)
     run(torch.tensor([PROMPT]), step.cache)
     tokens = [11, 12, 13]
     for token, wanted in zip(tokens, wanted_logits(run, tiny_model, tokens), strict=True):

@@ -140,6 +140,9 @@ def _rounds(
     draft_logits: list[Tensor] = []
 
     def choose(logits: Tensor) -> int | None:
+        # Drawing needs them on the CPU, now and when they are verified; the likeliest does not.
+        if config.temperature > 0:
+            logits = logits.cpu()
         draft_ids.append(sample(logits, config, generator))
         draft_logits.append(logits)
         return None if draft_ids[-1] in ends or is_cancelled() else draft_ids[-1]

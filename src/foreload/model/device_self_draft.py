@@ -73,9 +73,11 @@ class DeviceSelfDraft:
         step = self._steps.step_of(kv_cache)
         number = self.governor.choose(most) if self.draft is not None else 0
         # Before the clock runs: a capture would be taken for what a round takes.
+        is_new = self.verifying_step(step, number + 1).prepare()
         if number:
-            self.drafting_step(step).prepare()
-        self.verifying_step(step, number + 1).prepare()
+            is_new |= self.drafting_step(step).prepare()
+        if is_new:
+            self.runtime.count()
         return DeviceRound(self, step, number)
 
     def release(self) -> None:
@@ -144,8 +146,15 @@ class DeviceRound(MeasuredRound):
         """
         owner = self._owner
         self.token_ids = list(token_ids)
+        step = owner.verifying_step(self._step, len(self.token_ids))
+        if step.wants_capture:
+            # The draft has ended early, with another number of tokens than was prepared for.
+            owner.runtime.count()
+            with self.left_out():
+                step.prepare()
+                owner.runtime.count()
         self._verify_start = Mark.now(owner.metrics)
-        logits, _ = owner.verifying_step(self._step, len(self.token_ids)).run(self.token_ids)
+        logits, _ = step.run(self.token_ids)
         owner.runtime.count()
         self._verify_end = Mark.now(owner.metrics)
         return logits

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from foreload.schedule.governor import RoundReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from foreload.metrics import Metrics
     from foreload.schedule.governor import Governor
@@ -96,6 +97,14 @@ class MeasuredRound(ABC):
         lookups = end.num_lookups - begun.num_lookups
         hits = end.num_hits - begun.num_hits
         return Verification(len(self.token_ids), end.time_s - begun.time_s, lookups, lookups - hits)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Keep what happens inside, before the verification, out of what the round took."""
+        before = Mark.now(self._metrics)
+        yield
+        now = Mark.now(self._metrics)
+        self._start = Mark(*(a + c - b for a, b, c in zip(self._start, before, now, strict=True)))
 
     def settle(self, num_accepted: int) -> None:
         """Keep the first verified token and the accepted ones behind it; forget the others."""

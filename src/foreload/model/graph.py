@@ -9,6 +9,8 @@ likeliest, and keeps no request.
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +27,60 @@ if TYPE_CHECKING:
 
     ForwardAll = Callable[[Tensor, Any], Tensor]
 
-__all__ = ["StepGraph", "StepGraphs"]
+__all__ = ["GraphPool", "StepGraph", "StepGraphs"]
 
 logger = logging.getLogger(__name__)
 
 _LEAST_POSITIONS = 256
+
+
+class GraphPool:
+    """What the captured steps of an engine share: a stream to be captured on, and memory.
+
+    Graphs may share memory, in whatever order they are replayed, where no two run at once and none
+    reads what another has left there. Replays follow each other on one stream, and a step's outputs
+    are copied out. Each replay overwrites what the others have left in the pool.
+    """
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+        self._lock = threading.Lock()
+        # A pool ends with its last graph, and its name must not be used again then.
+        self._steps: weakref.WeakSet[StepGraph] = weakref.WeakSet()
+
+    def warm_up(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Run a step as it is where it will be captured, so that nothing is left to load then.
+
+        What is compiled, loaded or allocated on first use cannot be while a capture is under way.
+        """
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            outputs = run()
+        current.wait_stream(self._stream)
+        return outputs
+
+    def capture(self, step: StepGraph, run: Callable[[], None]) -> None:
+        """Capture what has been warmed up as the graph of a step.
+
+        Raises:
+            RuntimeError: Something in it cannot be captured.
+        """
+        # Only one at a time can be under way.
+        with self._lock:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self._handle(), stream=self._stream, capture_error_mode="thread_local"
+            ):
+                run()
+            step.graph = graph
+            self._steps.add(step)
+
+    def _handle(self) -> Any:
+        """Name the pool of the graphs there are; None makes a new one."""
+        return next((step.graph.pool() for step in self._steps if step.graph is not None), None)
 
 
 class StepGraph:
@@ -43,10 +94,13 @@ class StepGraph:
         num_tokens: T.
         is_captured: Whether to capture the step on its first use. CUDA only.
         on_broken: Called where a capture was broken off in the middle of a forward.
+        pool: Shared with the other steps of the engine; one of its own by default.
 
     Attributes:
         cache: The KV cache; what precedes the steps is put there by ordinary forwards.
         num_positions: Its room.
+        graph: The captured step; None where there is none.
+        wants_capture: Whether the first use will capture it.
     """
 
     def __init__(
@@ -59,39 +113,47 @@ class StepGraph:
         num_tokens: int = 1,
         is_captured: bool = False,
         on_broken: Callable[[], None] = lambda: None,
+        pool: GraphPool | None = None,
     ) -> None:
         self.cache = cache
         self.num_positions = num_positions
         self._forward = forward
         self._token_ids = torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
-        self._is_capturing = self._wants_capture = is_captured
+        self._is_capturing = self.wants_capture = is_captured
         self._on_broken = on_broken
         self._is_closed = False
-        self._graph: Any = None
+        self._pool = pool or GraphPool()
+        self.graph: Any = None
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._beside: dict[tuple[int, ForwardAll], StepGraph] = {}
 
     @property
     def is_captured(self) -> bool:
         """Tell whether steps are replays of a captured one."""
-        return self._graph is not None
+        return self.graph is not None
 
     def run(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Run the step on T tokens.
 
         Returns:
-            Logits (T, V) and the likeliest tokens (T,), valid until the next step.
+            Logits (T, V) and the likeliest tokens (T,), valid until this step runs again.
 
         Raises:
             ForeloadError: The engine was closed.
+
+        Cost:
+            One launch, where the step is captured; the host does not wait.
         """
         if self._is_closed:
             raise ForeloadError("the engine is closed", hint="open a new one")
         with torch.inference_mode(), on_device(self._token_ids.device):
-            self._token_ids.copy_(torch.tensor([list(token_ids)]))
+            # From page-locked memory, which torch does not use again before it was read.
+            is_locked = self._token_ids.is_cuda
+            given = torch.tensor([list(token_ids)], pin_memory=is_locked)
+            self._token_ids.copy_(given, non_blocking=is_locked)
             self.prepare()
-            if self._graph is not None:
-                self._graph.replay()
+            if self.graph is not None:
+                self.graph.replay()
             else:
                 self._outputs = self._step()
         if self._outputs is None:
@@ -106,15 +168,21 @@ class StepGraph:
         """Give the likeliest token behind one token."""
         return int(self.run([token])[1][-1])
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Capture the step, where that is wanted and was not done; the sequence stays as it is.
 
         The sequence must have room for T more tokens.
+
+        Returns:
+            Whether it was done now: the step has then been run on whatever tokens it had, and
+            experts were looked up and fetched for them.
         """
-        if self._wants_capture:
-            self._wants_capture = False
-            with torch.inference_mode(), on_device(self._token_ids.device):
-                self._capture()
+        if not self.wants_capture:
+            return False
+        self.wants_capture = False
+        with torch.inference_mode(), on_device(self._token_ids.device):
+            self._capture()
+        return True
 
     def beside(
         self, num_tokens: int, *, forward: ForwardAll | None = None, can_capture: bool = True
@@ -138,6 +206,7 @@ class StepGraph:
                 num_tokens=num_tokens,
                 is_captured=self._is_capturing and can_capture,
                 on_broken=self._on_broken,
+                pool=self._pool,
             )
         return self._beside[key]
 
@@ -155,7 +224,7 @@ class StepGraph:
     def close(self) -> None:
         """Let go of the captured step, which reads memory that is about to go."""
         self._is_closed = True
-        self._graph = self._outputs = None
+        self.graph = self._outputs = None
         for step in self._beside.values():
             step.close()
 
@@ -164,24 +233,23 @@ class StepGraph:
         return logits, logits.argmax(-1)
 
     def _capture(self) -> None:
-        """Run the step once as it is, so that libraries settle, then capture it."""
-        current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._step()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        seen = self._pool.warm_up(self._step)
         # What was just written is written again by the replay.
         rewind_static(self.cache, self._token_ids.shape[1])
+        logits, likeliest = (torch.empty_like(value) for value in seen)
+
+        def run() -> None:
+            # Out of the pool, which other steps' replays write to.
+            for output, value in zip((logits, likeliest), self._step(), strict=True):
+                output.copy_(value)
+
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                outputs = self._step()
+            self._pool.capture(self, run)
         except RuntimeError as error:
             logger.warning("this model's step cannot be captured, and runs as it is: %s", error)
             self._on_broken()
             return
-        self._graph, self._outputs = graph, outputs
+        self._outputs = logits, likeliest
 
 
 class StepGraphs:
@@ -212,6 +280,7 @@ class StepGraphs:
         self._is_captured = is_captured
         self._on_broken = on_broken
         self._most_positions = most_positions
+        self._pool = GraphPool()
         self._idle: list[StepGraph] = []
         self._lent: list[StepGraph] = []
 
@@ -265,4 +334,5 @@ class StepGraphs:
             num_positions=room,
             is_captured=self._is_captured,
             on_broken=self._on_broken,
+            pool=self._pool,
         )
