@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from fake_cuda import FakeCuda
 from fakes import make_engine
 from foreload.errors import ForeloadError
+from foreload.model import draft_round
 from foreload.model.device_self_draft import DeviceRound, DeviceSelfDraft
 
 if TYPE_CHECKING:
@@ -206,6 +208,45 @@ def test_what_slots_cannot_serve_is_not_captured(
             step._is_capturing = False
             step._beside.clear()
             run_round(engine, step, 6)
+
+
+@pytest.mark.parametrize("most_drafted", [DRAFTED, 1])
+def test_captures_are_no_part_of_what_rounds_take(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, most_drafted: int
+) -> None:
+    """Also in the middle of a text, and where a draft ends before what was prepared for."""
+    drafter = drafter_of(engine)
+    settled: list[DeviceRound] = []
+    drafter.on_round = settled.append
+    with prefilled(engine) as step:
+        run_round(engine, step, 0, most_drafted=most_drafted)
+        past_the_first = length(step)
+        step._beside.clear()
+        step._is_capturing = True
+        clock = SlowCaptures(monkeypatch)
+        run_round(engine, step, 0, most_drafted=most_drafted)
+        step.rewind(length(step) - past_the_first)
+        run_round(engine, step, 0, most_drafted=most_drafted)
+    assert len(clock.cuda.graphs) == (2 if most_drafted == DRAFTED else 3)
+    _, capturing, replaying = settled
+    assert capturing.verification == replaying.verification
+    for started in (capturing, replaying):
+        assert started._verify_end.time_s - started._start.time_s == 0
+    lookups = [r._verify_end.num_lookups - r._start.num_lookups for r in (capturing, replaying)]
+    assert lookups[0] == lookups[1] > 0
+
+
+class SlowCaptures:
+    """A clock that only captures, and what they warm up, move on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cuda = FakeCuda()
+        self.cuda.install(monkeypatch)
+        monkeypatch.setattr(draft_round.time, "perf_counter", lambda: float(self.num_captures))
+
+    @property
+    def num_captures(self) -> int:
+        return self.cuda.log.count("warm up") + self.cuda.log.count("capture")
 
 
 def test_a_closed_engine_makes_no_rounds(tiny_checkpoint: Path) -> None:
