@@ -122,6 +122,20 @@ class TestEngineConfig:
         with pytest.raises(ConfigError, match="draft='int8' does not run"):
             EngineConfig(device="cuda", orchestration="host", draft="int8")
 
+    def test_slots_are_divided_where_the_device_decides(self) -> None:
+        for plan, kept in (("equal", "equal"), ("trace.jsonl", "trace.jsonl"), ([4, 5], (4, 5))):
+            asked = EngineConfig(orchestration="device", slot_plan=plan)
+            assert asked.slot_plan == kept
+            assert EngineConfig.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+        for other in ({"orchestration": "host"}, {"policy": "speculate-when"}):
+            with pytest.raises(ConfigError, match="shared by all layers"):
+                EngineConfig(slot_plan=(4, 5), **other)
+
+    @pytest.mark.parametrize("plan", ["", (), [], (4, 0), (4, 1.5), (True, 4), None, 7])
+    def test_what_is_no_slot_plan_is_refused(self, plan: Any) -> None:
+        with pytest.raises(ConfigError, match="slot_plan"):
+            EngineConfig(orchestration="device", slot_plan=plan)
+
     @pytest.mark.parametrize("name", ["lookahead_layers", "num_workers", "prefill_chunk"])
     @pytest.mark.parametrize("value", [0, -1, 1.5, "2", None])
     def test_counts_are_whole_and_positive(self, name: str, value: Any) -> None:

@@ -19,6 +19,7 @@ TESTED_ELSEWHERE = {
     "cli/__init__.py": "tests/cli/test_command.py",
     "cli/options.py": "tests/cli/test_command.py",
     "cli/simulate.py": "tests/cli/test_simulate_verb.py",
+    "cli/slot_table.py": "tests/cli/test_simulate_verb.py",
     "cli/statistics.py": "tests/cli/test_generate.py",
     "cli/streaming.py": "tests/cli/test_generate.py",
     "cli/terminal.py": "tests/cli/test_command.py",

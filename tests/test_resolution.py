@@ -11,7 +11,7 @@ import torch
 import zoo
 from foreload import resolution
 from foreload.config import EngineConfig
-from foreload.errors import CapacityError, MissingExtraError, UnsupportedModelError
+from foreload.errors import CapacityError, ConfigError, MissingExtraError, UnsupportedModelError
 from foreload.memory import cuda
 from foreload.model.device_plan import (
     block_bytes,
@@ -28,6 +28,8 @@ from foreload.resolution import (
     resolve,
     slot_size,
 )
+from foreload.trace.format import TraceWriter
+from foreload.trace.record import LayerVisit, TraceInfo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -254,6 +256,63 @@ class TestDevice:
         assert (resolved.device, resolved.orchestration) == ("cpu", "host")
 
 
+class TestSlotPlan:
+    def trace(self, loaded: LoadedModel, folder: Path, moving: tuple[int, ...] = (2,)) -> Path:
+        """Write a trace in which some layers go round all experts, and the others stay."""
+        spec = loaded.spec
+        info = TraceInfo(
+            model="tiny", top_k=4, expert_bytes=(spec.expert_bytes,) * 4, identity=spec.identity
+        )
+        path = folder / "trace.jsonl"
+        with TraceWriter(path, info, num_layers=4, num_experts=16) as writer:
+            for token in range(40):
+                there = [(4 * token + place) % 16 for place in range(4)]
+                rows = [there if layer in moving else [0, 1, 2, 3] for layer in range(4)]
+                writer.write_step([LayerVisit.from_routing([row], 16) for row in rows])
+            writer.finish()
+        return path
+
+    def test_a_trace_becomes_slots(self, loaded: LoadedModel, tmp_path: Path) -> None:
+        path = self.trace(loaded, tmp_path)
+        size = block_bytes(device_layouts(loaded))
+        asked = config(
+            device="cpu", orchestration="device", expert_memory=30 * size, slot_plan=str(path)
+        )
+        resolved = resolve(asked, loaded)
+        assert resolved.slot_plan == (5, 5, 16, 4)
+        assert resolved.expert_memory == 30 * size
+        assert device_slots(resolved, loaded) == (5, 5, 16, 4)
+        path.unlink()
+        assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
+
+    @pytest.mark.parametrize(("tokens", "least"), [("auto", 10), (2, 12), (9, 12)])
+    def test_a_plan_leaves_drafts_the_tokens_they_verify(
+        self, loaded: LoadedModel, tmp_path: Path, tokens: str | int, least: int
+    ) -> None:
+        layouts = device_layouts(loaded)
+        drafted = 4 * 16 * block_bytes(draft_layouts(loaded, layouts, "int4"))
+        asked = config(
+            device="cpu",
+            orchestration="device",
+            expert_memory=drafted + 13 * 4 * block_bytes(layouts),
+            draft="int4",
+            num_draft_tokens=tokens,
+            slot_plan=str(self.trace(loaded, tmp_path, (1, 2))),
+        )
+        slots = device_slots(resolve(asked, loaded), loaded)
+        assert (min(slots), max(slots), sum(slots)) == (least, 16, 52)
+
+    def test_the_hosts_slots_cannot_be_divided(self, loaded: LoadedModel) -> None:
+        with pytest.raises(ConfigError, match="here the host decides"):
+            resolve(config(device="cpu", slot_plan=(4, 4, 4, 4)), loaded)
+
+    def test_a_trace_of_another_model_is_refused(self, loaded: LoadedModel, tmp_path: Path) -> None:
+        path = self.trace(loaded, tmp_path)
+        path.write_text(path.read_text().replace(loaded.spec.identity, "other"))
+        with pytest.raises(ConfigError, match="another checkpoint"):
+            resolve(config(device="cpu", orchestration="device", slot_plan=str(path)), loaded)
+
+
 class TestStaged:
     """A CUDA device, a stand-in, whose experts come as the host's loop decides."""
 
@@ -276,6 +335,11 @@ class TestStaged:
         assert resolved.expert_memory == int(0.8 * 64) * size
         assert resolved.host_memory == int(0.3 * 64) * size
         assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
+
+    def test_slots_cannot_be_divided(self, loaded: LoadedModel) -> None:
+        asked = config(device="cuda", host_memory="50%", slot_plan=(4, 4, 4, 4))
+        with pytest.raises(ConfigError, match="here the host decides"):
+            resolve(asked, loaded)
 
     def test_no_triton_is_needed(
         self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch

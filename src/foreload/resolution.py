@@ -303,9 +303,7 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         # A plan may not narrow the verifications that equal slots serve.
         served = most_step_tokens([(budget - drafted) // layer_slot], spec)
         num_tokens = max(num_tokens, min(config.num_draft_tokens + 1, served))
-    slots = divide_slots(
-        config.slot_plan, (budget - drafted) // size, spec, num_tokens=num_tokens
-    )
+    slots = divide_slots(config.slot_plan, (budget - drafted) // size, spec, num_tokens=num_tokens)
     return config.with_values(
         device=str(device),
         orchestration="device",

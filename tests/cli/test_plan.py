@@ -26,6 +26,7 @@ def test_table_and_json_say_the_same(call: Callable[..., Any], checkpoint: Path)
     assert plan["machine"]["memory_bytes"] == 4 << 30
     assert plan["machine"]["rates"]["layer_s"] == pytest.approx(0.0005)
     assert plan["basis"] == "cost model"
+    assert plan["slot_plans"] == []
     assert "without a trace" in result.stderr
     table = call("plan", checkpoint, *GIVEN).stdout
     for text in ("1.00 GB/s", "given", "assumed", "no limit", "all-resident"):
@@ -89,3 +90,8 @@ def test_a_trace_is_simulated(
     plan = json.loads(result.stdout)
     assert plan["basis"] == "trace"
     assert {"on-demand", "lru", "history", "oracle"} <= {arm["arm"] for arm in plan["arms"]}
+    assert plan["slot_plans"][0]["num_slots"] == plan["num_slots"] // 2
+    assert (
+        "misses per token"
+        in call("plan", checkpoint, *GIVEN, "--trace", trace, "--budgets", "50").stdout
+    )

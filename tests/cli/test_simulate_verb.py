@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from foreload.trace.format import TraceWriter
+from foreload.trace.layer_slots import slot_plan_gain
 from foreload.trace.record import LayerVisit, RoutingTrace, TraceInfo, VisitTimes
 from foreload.trace.replay import replay
 from foreload.trace.simulate import SimulationSettings, simulate
@@ -97,6 +98,26 @@ def test_the_table_has_a_row_per_policy_and_the_bounds(
         assert words in result.stdout
     for policy in ("history", "none", "lru, no prefetch", "belady, no prefetch"):
         assert result.stdout.count(policy) == 2
+
+
+def test_slots_of_each_layers_own_are_planned_and_shown(
+    call: Callable[..., Any], timed: Path
+) -> None:
+    words = ("simulate", timed, "--budgets", "10,40,50", "--evictions", "lru")
+    answer = json.loads(call(*words, "--json").stdout)
+    gains = [budget["slots_per_layer"] for budget in answer["budgets"]]
+    assert gains[0] is None, "no layer could serve a token"
+    for gain, num_slots in zip(gains[1:], (18, 24), strict=True):
+        found = slot_plan_gain(make_trace(), num_slots, least=4)
+        assert found is not None
+        assert gain == json.loads(json.dumps(found.to_dict()))
+        assert gain["planned_misses"] <= gain["equal_misses"]
+    table = call(*words).stdout
+    assert "misses per token" in table
+    for gain in gains[1:]:
+        for name in ("equal", "planned", "unseen_equal", "unseen_planned"):
+            assert f"{gain[f'{name}_misses']:.2f}" in table
+    assert "misses per token" not in call("simulate", timed, "--budgets", "10").stdout
 
 
 def test_the_replay_begins_where_it_is_told_to(call: Callable[..., Any], timed: Path) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from foreload.ops.device_experts import LayerMemory
     from foreload.ops.device_tables import DeviceTables
 
+
 class QuietKernels:
     """Gives zeros for experts, and remembers for which layers it was called."""
 

@@ -14,6 +14,7 @@ from foreload.model.device_plan import (
     device_layouts,
     draft_layouts,
     kv_bytes_per_token,
+    least_slots,
     most_step_tokens,
 )
 from foreload.model.hf import load_model
@@ -105,3 +106,4 @@ def test_a_draft_whose_groups_do_not_fit_is_refused(loaded: LoadedModel) -> None
 def test_slots_bound_the_tokens_of_a_step(loaded: LoadedModel) -> None:
     found = [most_step_tokens([16, number], loaded.spec) for number in (3, 4, 8, 15, 16)]
     assert found == [0, 1, 2, 3, MAX_TOKENS], "four experts a token, of sixteen"
+    assert [least_slots(number, loaded.spec) for number in (1, 2, 4, 5)] == [4, 8, 16, 16]

@@ -178,11 +178,10 @@ def test_a_pool_that_has_ended_is_not_named_again(
     cuda = FakeCuda()
     cuda.install(monkeypatch)
     steps = StepGraphs(run, lambda room: make_static_cache(tiny_model, room), CPU, is_captured=True)
-    with steps.lend(20) as first:
-        with steps.lend(20) as second:
-            for step in (first, second):
-                run(torch.tensor([PROMPT]), step.cache)
-                step(3)
+    with steps.lend(20) as first, steps.lend(20) as second:
+        for step in (first, second):
+            run(torch.tensor([PROMPT]), step.cache)
+            step(3)
     steps.release()
     with steps.lend(20) as third:
         run(torch.tensor([PROMPT]), third.cache)

@@ -180,6 +180,35 @@ def test_long_inputs_run_from_one_buffer_and_leave_the_slots_alone() -> None:
     assert (device.tables.slot_of == -1).all()
 
 
+def test_slots_are_divided_anew_and_empty() -> None:
+    experts = KINDS["gated"]
+    device = make(experts, num_layers=2)
+    routings = [route([[1, 2]]), route([[3, 0]], seed=1)]
+    before = [device.run(layer, experts, rows(1), routings[layer]) for layer in range(2)]
+    num_bytes = device.num_bytes
+    for num_slots in ([2, 6], [6, 2], [2, 2], [4, 4]):
+        device.divide(num_slots)
+        assert device.tables.num_slots == tuple(num_slots)
+        assert (device.tables.slot_of == -1).all()
+        assert (device._slots == 0xFF).all(), "reading what was not written shows"
+        assert [len(memory.slots) for memory in device._memory] == num_slots
+        for layer in range(2):
+            found = device.run(layer, experts, rows(1), routings[layer])
+            assert torch.equal(found, before[layer])
+        assert device.read_counters() == [Counters(0, 2, 0, 0)] * 2
+        device.tables.check()
+        assert device.num_bytes == num_bytes
+
+
+def test_slots_that_are_not_there_cannot_be_given() -> None:
+    device = make(KINDS["gated"], num_layers=2)
+    for num_slots in ([4, 5], [8]):
+        with pytest.raises(ShapeError, match="of 8 slots"):
+            device.divide(num_slots)
+    with pytest.raises(ValueError, match="too few"):
+        device.divide([8, 0])
+
+
 def test_host_memory_that_does_not_fit_the_layouts_is_refused() -> None:
     layout = lay_out(KINDS["gated"], StoredFormat.FLOAT32, torch.float32, (16, 8))
 

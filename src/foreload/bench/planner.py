@@ -29,6 +29,7 @@ from foreload.cost import (
 from foreload.errors import ConfigError
 from foreload.model.headers import read_headers
 from foreload.model.source import DEMO_NAME, open_headers
+from foreload.trace.layer_slots import SlotPlanGain, slot_plan_gain
 from foreload.trace.read import read_trace
 from foreload.trace.simulate import SimulationSettings, simulate
 
@@ -158,6 +159,8 @@ class RunPlan:
         resident_s: Seconds per token with all experts in memory.
         on_demand_s: Seconds per token with nothing kept.
         arms: What to expect, by expert memory.
+        slot_plans: What slots of each layer's own would miss, equal and planned from the trace, by
+            expert memory; none without a trace.
         recommendation: What to use.
         notes: What the figures do not say.
     """
@@ -173,6 +176,7 @@ class RunPlan:
     resident_s: float
     on_demand_s: float
     arms: list[PlannedArm]
+    slot_plans: list[SlotPlanGain]
     recommendation: Recommendation
     notes: list[str]
 
@@ -227,6 +231,7 @@ def make_run_plan(
     room = machine.memory_bytes - spec.dense_bytes - _MARGIN_BYTES
     num_fitting = max(0, min(headers.num_experts, room // headers.slot_bytes))
     arms: list[PlannedArm] = []
+    slot_plans: list[SlotPlanGain] = []
     counts = _slot_counts(headers, budgets, num_fitting)
     for done, num_slots in enumerate(counts):
         tell("Expert memories", done, len(counts))
@@ -234,6 +239,8 @@ def make_run_plan(
             arms.append(predict_range(work, machine.rates, num_slots))
         else:
             arms += predict_arms(work, machine.rates, recorded, num_slots)
+            gain = slot_plan_gain(recorded, num_slots, least=spec.top_k)
+            slot_plans += [] if gain is None else [gain]
     tell("Expert memories", len(counts), len(counts))
     on_demand = [arm.tpot_s for arm in arms if arm.arm == "on-demand"]
     return RunPlan(
@@ -248,6 +255,7 @@ def make_run_plan(
         resident_s=resident_s(work, machine.rates),
         on_demand_s=on_demand[-1] if on_demand else cached_s(work, machine.rates, 0.0),
         arms=arms,
+        slot_plans=slot_plans,
         recommendation=_recommend(headers, machine, num_fitting, arms),
         notes=_notes(headers, machine, recorded),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foreload.cli.options import DEFAULT_MODEL, ENGINE, ModelArgument, parse_budgets, parse_bytes
+from foreload.cli.slot_table import slot_table
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
 from foreload.config import EngineConfig, format_bytes
@@ -127,6 +128,8 @@ def plan(
     terminal.print_json(answer.to_dict())
     terminal.show(_machine_table(answer))
     terminal.show(_arms_table(answer))
+    if answer.slot_plans:
+        terminal.show(slot_table([gain.to_dict() for gain in answer.slot_plans], answer.num_slots))
     terminal.show(_advice(answer))
     for note in answer.notes:
         terminal.note(note)

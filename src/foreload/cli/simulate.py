@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from foreload.cli.options import parse_bytes
+from foreload.cli.slot_table import slot_table
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
 from foreload.config import EngineConfig
@@ -109,7 +110,7 @@ def simulate(
 ) -> None:
     """Replay a trace under other caches, predictors and links, beside the best possible.
 
-    No model is needed. Where neither the options nor the trace tell bandwidth and compute time,
+    No model is needed. Below, what slots of each layer's own would miss, equal and planned. Where neither the options nor the trace tell bandwidth and compute time,
     only hit rates are shown.
     """
     policies = _parse_policies(evictions)
@@ -166,6 +167,9 @@ def simulate(
         }
     )
     terminal.show(_table(recorded, results))
+    gains = [result["slots_per_layer"] for result in results if result["slots_per_layer"]]
+    if gains:
+        terminal.show(slot_table(gains, recorded.num_layers * recorded.num_experts))
     if machine is None:
         terminal.note("for times give --bandwidth and --compute-time: the trace has none")
 
@@ -178,6 +182,7 @@ def _simulate_budget(
     has_times: bool,
 ) -> dict[str, Any]:
     """Run every policy at one budget; give the results and the limits, JSON-ready."""
+    from foreload.trace.layer_slots import slot_plan_gain
     from foreload.trace.simulate import simulate as run
     from foreload.trace.simulate import simulation_limits, wire_limit_s
 
@@ -190,11 +195,14 @@ def _simulate_budget(
     if not has_times:
         for values in (limits, *arms.values()):
             values |= {name: None for name in _TIMES if name in values}
+    least = trace.info.top_k if trace.info is not None else 1
+    gain = slot_plan_gain(trace, settings.num_slots, least=least)
     return {
         "num_slots": settings.num_slots,
         "share": settings.num_slots / (trace.num_layers * trace.num_experts),
         "arms": arms,
         "limits": limits,
+        "slots_per_layer": None if gain is None else gain.to_dict(),
     }
 
 

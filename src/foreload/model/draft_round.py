@@ -104,7 +104,9 @@ class MeasuredRound(ABC):
         before = Mark.now(self._metrics)
         yield
         now = Mark.now(self._metrics)
-        self._start = Mark(*(a + c - b for a, b, c in zip(self._start, before, now, strict=True)))
+        self._start = Mark._make(
+            a + c - b for a, b, c in zip(self._start, before, now, strict=True)
+        )
 
     def settle(self, num_accepted: int) -> None:
         """Keep the first verified token and the accepted ones behind it; forget the others."""

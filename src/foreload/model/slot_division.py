@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foreload.errors import ConfigError
@@ -12,8 +13,6 @@ from foreload.trace.record import RoutingTrace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
-
     from foreload.types import ModelSpec
 
     SlotPlan = str | Path | Sequence[int] | RoutingTrace
@@ -42,7 +41,7 @@ def divide_slots(
     num_layers, least = spec.num_moe_layers, least_slots(num_tokens, spec)
     if isinstance(plan, str) and plan == "equal":
         return (min(num_slots // num_layers, spec.num_experts),) * num_layers
-    if isinstance(plan, tuple | list):
+    if not isinstance(plan, str | Path | RoutingTrace):
         _check_slots(plan, num_slots, spec, least)
         return tuple(plan)
     trace = plan if isinstance(plan, RoutingTrace) else read_trace(plan)

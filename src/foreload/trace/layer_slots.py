@@ -7,8 +7,8 @@ prefetching; the shared cache of the host's loop is the business of `trace.repla
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,10 +34,12 @@ __all__ = [
 ]
 
 
-class SlotPlanGain(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotPlanGain:
     """What planned slots miss beside equal ones, experts per decoded token.
 
     Attributes:
+        num_slots: Slots over all layers.
         slots: The planned slots of each layer.
         equal_misses: With equal slots.
         planned_misses: With slots planned from the whole trace, on the same trace.
@@ -45,11 +47,16 @@ class SlotPlanGain(NamedTuple):
         unseen_planned_misses: There with slots planned from all that comes before.
     """
 
+    num_slots: int
     slots: tuple[int, ...]
     equal_misses: float
     planned_misses: float
     unseen_equal_misses: float
     unseen_planned_misses: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the gain as JSON-ready values."""
+        return asdict(self)
 
 
 def check_trace(trace: RoutingTrace, spec: ModelSpec) -> None:
@@ -166,16 +173,21 @@ def slot_plan_gain(trace: RoutingTrace, num_slots: int, *, least: int) -> SlotPl
         return None
     half = decoded[len(decoded) // 2]
     equal = (number,) * trace.num_layers
-    total = sum(equal)
-    plan = plan_from_trace(trace, total, least=least)
-    earlier = plan_from_trace(replace(trace, steps=trace.steps[:half]), total, least=least)
-    tokens, unseen = _num_tokens(trace, 0), _num_tokens(trace, half)
+    plan = plan_from_trace(trace, sum(equal), least=least)
+    earlier = replace(trace, steps=trace.steps[:half])
+    earlier_plan = plan_from_trace(earlier, sum(equal), least=least)
+
+    def misses(slots: Sequence[int], first: int = 0) -> float:
+        tokens = sum(v[0].num_tokens for v in trace.steps[first:] if not v[0].is_prefill)
+        return replay_layers(trace, slots, count_from=first).num_misses / tokens
+
     return SlotPlanGain(
-        plan,
-        replay_layers(trace, equal).num_misses / tokens,
-        replay_layers(trace, plan).num_misses / tokens,
-        replay_layers(trace, equal, count_from=half).num_misses / unseen,
-        replay_layers(trace, earlier, count_from=half).num_misses / unseen,
+        num_slots=sum(equal),
+        slots=plan,
+        equal_misses=misses(equal),
+        planned_misses=misses(plan),
+        unseen_equal_misses=misses(equal, half),
+        unseen_planned_misses=misses(earlier_plan, half),
     )
 
 
@@ -217,17 +229,10 @@ class _LayerSlots:
 def _last_wanted(visit: LayerVisit, num_experts: int) -> Sequence[int]:
     """Give whom a visit leaves in the slots: of a prompt, its last token's experts."""
     if visit.is_prefill and visit.routing:
-        return sorted({expert for expert in visit.routing[-1] if expert < num_experts})
+        return [*dict.fromkeys(e for e in visit.routing[-1] if e < num_experts)]
     return visit.experts
 
 
 def _require_decoded(trace: RoutingTrace) -> None:
     if all(trace.is_prefill(step) for step in range(len(trace.steps))):
         raise ConfigError("the trace has no decoded token", hint="record a longer text")
-
-
-def _num_tokens(trace: RoutingTrace, first: int) -> int:
-    """Count the decoded tokens from a step on."""
-    return sum(
-        visits[0].num_tokens for visits in trace.steps[first:] if not visits[0].is_prefill
-    )
