@@ -300,7 +300,8 @@ class TestSlotPlan:
             slot_plan=str(self.trace(loaded, tmp_path, (1, 2))),
         )
         slots = device_slots(resolve(asked, loaded), loaded)
-        assert (min(slots), max(slots), sum(slots)) == (least, 16, 52)
+        assert (min(slots), sum(slots)) == (least, 52)
+        assert slots[1] == slots[2] > 13
 
     def test_the_hosts_slots_cannot_be_divided(self, loaded: LoadedModel) -> None:
         with pytest.raises(ConfigError, match="here the host decides"):

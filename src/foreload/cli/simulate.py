@@ -110,8 +110,8 @@ def simulate(
 ) -> None:
     """Replay a trace under other caches, predictors and links, beside the best possible.
 
-    No model is needed. Below, what slots of each layer's own would miss, equal and planned. Where neither the options nor the trace tell bandwidth and compute time,
-    only hit rates are shown.
+    No model is needed. Where neither the options nor the trace tell bandwidth and compute time,
+    only hit rates are shown. Below: what a device's slots miss, equal and planned per layer.
     """
     policies = _parse_policies(evictions)
     guesses = _parse_predictor(predictor)

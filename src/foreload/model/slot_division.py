@@ -13,6 +13,7 @@ from foreload.trace.record import RoutingTrace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
     from foreload.types import ModelSpec
 
     SlotPlan = str | Path | Sequence[int] | RoutingTrace
