@@ -1,12 +1,14 @@
 """What a trace says about slots of each layer's own: what they would miss, and how to divide them.
 
-Where a device decides, every layer has slots of its own, evicts who was wanted longest ago, and
-reads prompts past its slots. Replays here follow that rule (`ops.device_tables`) without
-prefetching; the shared cache of the host's loop is the business of `trace.replay`. Torch-free.
+Where a device decides, every layer has slots of its own, and evicts who was wanted longest ago. A
+prompt passes them by: its last token's experts are there afterwards, and its others in slots that
+were empty. Replays here follow that rule without prefetching; the shared cache of the host's loop
+is the business of `trace.replay`. Torch-free.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,11 @@ __all__ = [
     "replay_layers",
     "slot_plan_gain",
 ]
+
+_RECENT_TOKENS = 64
+"""Last tokens of a prompt, whose experts come before others where slots are empty."""
+
+_NEVER = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,16 +106,23 @@ def miss_curves(trace: RoutingTrace) -> NDArray[np.int64]:
     curves = np.empty((trace.num_layers, most + 1), dtype=np.int64)
     for layer in range(trace.num_layers):
         depths = np.zeros(most + 1, dtype=np.int64)
-        # When each was wanted last, no two at once; 0 for never.
-        last = np.zeros(most, dtype=np.int64)
-        now = 1
+        # When each was wanted last, no two at once; what a prompt leaves is staler than all before.
+        last = np.full(most, _NEVER)
+        now, stalest = 0, -1
         for visits in trace.steps:
             visit = visits[layer]
-            wanted = np.asarray(_last_wanted(visit, most), dtype=np.int64)
-            if not visit.is_prefill:
+            if visit.is_prefill:
+                wanted, others = (
+                    np.asarray(part, dtype=np.int64) for part in _left_by(visit, most)
+                )
+                others = others[last[others] == _NEVER]
+                last[others] = stalest - np.arange(len(others))
+                stalest -= len(others)
+            else:
+                wanted = np.asarray(visit.experts, dtype=np.int64)
                 since = last[wanted]
                 depth = (last > since[:, None]).sum(1)
-                np.add.at(depths, np.where(since > 0, depth, most), 1)
+                np.add.at(depths, np.where(since > _NEVER, depth, most), 1)
             last[wanted] = now + np.arange(len(wanted))
             now += len(wanted)
         curves[layer] = depths.sum() - np.concatenate(([0], depths[:most].cumsum()))
@@ -145,14 +159,13 @@ def replay_layers(
         held = _LayerSlots(num_slots)
         for step, visits in enumerate(trace.steps):
             visit = visits[layer]
-            wanted = _last_wanted(visit, trace.num_experts)
             if visit.is_prefill:
-                held.bring(wanted)
+                held.read(*_left_by(visit, trace.num_experts))
                 continue
-            num_hits = held.serve(wanted)
+            num_hits = held.serve(visit.experts)
             if step >= count_from:
                 hits += num_hits
-                lookups += len(wanted)
+                lookups += len(visit.experts)
     return ReplayCounts(hits, lookups)
 
 
@@ -192,7 +205,7 @@ def slot_plan_gain(trace: RoutingTrace, num_slots: int, *, least: int) -> SlotPl
 
 
 class _LayerSlots:
-    """The slots of one layer, as `ops.device_tables` keeps them."""
+    """The slots of one layer, as the device's tables keep them."""
 
     def __init__(self, num_slots: int) -> None:
         self._slot_of: dict[int, int] = {}
@@ -203,34 +216,37 @@ class _LayerSlots:
     def serve(self, wanted: Sequence[int]) -> int:
         """Give every wanted expert a slot; tell how many had one."""
         self._now += 1
-        missing = self._place(wanted, newest=self._now)
-        for expert in wanted:
-            if expert in self._slot_of:
-                self._stamp[self._slot_of[expert]] = self._now
-        return len(wanted) - missing
-
-    def bring(self, wanted: Sequence[int]) -> None:
-        """Bring what a prompt's last token wanted, unless the last visit's experts are there."""
-        self._place(wanted, newest=self._now - 1)
-
-    def _place(self, wanted: Sequence[int], *, newest: int) -> int:
         missing = [expert for expert in wanted if expert not in self._slot_of]
         taken = {self._slot_of[expert] for expert in wanted if expert in self._slot_of}
-        stamp = self._stamp
-        free = [s for s, at in enumerate(stamp) if s not in taken and (at < 0 or at <= newest)]
-        victims = sorted(free, key=lambda slot: (stamp[slot], slot))
+        free = [slot for slot in range(len(self._stamp)) if slot not in taken]
+        victims = sorted(free, key=lambda slot: (self._stamp[slot], slot))
         for expert, slot in zip(missing, victims, strict=False):
             self._slot_of.pop(self._expert_of[slot], None)
             self._slot_of[expert], self._expert_of[slot] = slot, expert
-            stamp[slot] = self._now
-        return len(missing)
+        for expert in wanted:
+            if expert in self._slot_of:
+                self._stamp[self._slot_of[expert]] = self._now
+        return len(wanted) - len(missing)
+
+    def read(self, last: Sequence[int], others: Sequence[int]) -> None:
+        """Read a prompt: serve its last token, and fill empty slots, the lower ones last."""
+        self.serve(last)
+        empty = [slot for slot, stamp in enumerate(self._stamp) if stamp < 0]
+        missing = [expert for expert in others if expert not in self._slot_of]
+        for expert, slot in zip(missing, reversed(empty), strict=False):
+            self._slot_of[expert], self._expert_of[slot] = slot, expert
+            self._stamp[slot] = 0
 
 
-def _last_wanted(visit: LayerVisit, num_experts: int) -> Sequence[int]:
-    """Give whom a visit leaves in the slots: of a prompt, its last token's experts."""
-    if visit.is_prefill and visit.routing:
-        return [*dict.fromkeys(e for e in visit.routing[-1] if e < num_experts)]
-    return visit.experts
+def _left_by(visit: LayerVisit, num_experts: int) -> tuple[list[int], list[int]]:
+    """Give whom a prompt's last token wants, and the others, by how often and lately."""
+    if not visit.routing:
+        return list(visit.experts), []
+    last = [expert for expert in visit.routing[-1] if expert < num_experts]
+    recent = Counter(expert for row in visit.routing[-_RECENT_TOKENS:] for expert in row)
+    counts = dict(zip(visit.experts, visit.counts, strict=True))
+    others = sorted(set(visit.experts) - set(last), key=lambda e: (-recent[e], -counts[e], e))
+    return last, others
 
 
 def _require_decoded(trace: RoutingTrace) -> None:
