@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fakes import make_engine
 from foreload import ConfigError, Engine
 from foreload.metrics import TimeSpan
 from foreload.recording import _times_of, record_trace
@@ -42,11 +43,34 @@ def test_a_recording_is_the_engines_own_run(
     info = trace.info
     assert info is not None
     assert (info.identity, info.predictor, info.top_k) == (engine.spec.identity, "lookahead", 4)
-    assert info.expert_bytes == engine.tiers.expert_bytes
+    assert info.expert_bytes == engine.expert_bytes == engine.tiers.expert_bytes
     assert info.expert_bytes[0] == engine._loaded.plans[0][0].read_bytes
     assert info.bandwidth_bytes_s == report.bandwidth_bytes_s
     assert report.bandwidth_bytes_s is not None
     assert report.bandwidth_bytes_s > 0
+
+
+@pytest.mark.parametrize("policy", ["exact", "speculate"])
+def test_a_device_that_decides_is_recorded_as_the_host_is(
+    open_engine: Callable[..., Engine], tiny_checkpoint: Path, tmp_path: Path, policy: str
+) -> None:
+    host = open_engine(predictor="none")
+    record_trace(host, TEXT, tmp_path / "host", num_prompt_tokens=8)
+    settings = {"predictor": "lookahead", "policy": policy, "expert_memory": "60%"}
+    engine = make_engine(tiny_checkpoint, device="cpu", orchestration="device", **settings)
+    with engine:
+        report = record_trace(engine, TEXT, tmp_path / "device", num_prompt_tokens=8)
+        assert engine.stats["num_steps"] == report.num_steps == 33
+        assert 0 < (report.hit_rate or 0) < 1
+        assert not engine.device_runtime._seeing
+    wanted, found = (read_trace(tmp_path / name) for name in ("host", "device"))
+    if policy == "exact":
+        assert found.demands() == wanted.demands()
+        assert found.steps[5][0].weights == wanted.steps[5][0].weights
+    assert report.bandwidth_bytes_s is None
+    assert all(visit.times is None for visits in found.steps for visit in visits)
+    assert found.info is not None
+    assert (found.info.predictor, found.info.expert_bytes) == ("none", host.expert_bytes)
 
 
 def test_predictions_are_recorded_also_while_prefetching_is_off(

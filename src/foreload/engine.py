@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from foreload.decode.prompt import Prompt
     from foreload.memory.transfer import CopyBackend
     from foreload.metrics import RequestStats
+    from foreload.model.device_runtime import DeviceRuntime
     from foreload.model.device_self_draft import DeviceSelfDraft
     from foreload.model.draft import DraftExperts
     from foreload.model.graph import StepGraph
@@ -334,6 +335,20 @@ class Engine:
         if self._runtime is None:
             raise _host_needed()
         return self._runtime
+
+    @property
+    def device_runtime(self) -> DeviceRuntime:
+        """Give what happens at each MoE layer where the device decides.
+
+        Raises:
+            ConfigError: The host decides about experts.
+        """
+        return self._require_device().runtime
+
+    @property
+    def expert_bytes(self) -> tuple[int, ...]:
+        """Give, per MoE layer, the bytes read from disk for its largest expert."""
+        return tuple(max(plan.read_bytes for plan in layer) for layer in self._loaded.plans)
 
     @property
     def num_slots(self) -> int:

@@ -75,7 +75,8 @@ def record_trace(
 
     The first tokens are read as a prompt, the others decoded one at a time. A text longer than the
     model's context is recorded in several turns, each with a prompt. The file has its name only
-    once the trace is complete.
+    once the trace is complete. Where the device decides, routing alone is recorded: what it guesses
+    and how long its parts take the host does not see.
 
     Args:
         engine: What runs the text; its predictor's guesses are recorded.
@@ -96,16 +97,18 @@ def record_trace(
             f"the text has {len(token_ids)} tokens, and the prompt takes {num_prompt_tokens}",
             hint="give a longer text, or a shorter prompt",
         )
-    spec, predictor = engine.spec, engine.runtime.predictor
+    is_device = engine.config.orchestration == "device"
+    spec, predictor = engine.spec, None if is_device else engine.runtime.predictor
     info = TraceInfo(
         model=engine.config.model,
         identity=spec.identity,
         top_k=spec.top_k,
-        expert_bytes=engine.tiers.expert_bytes,
+        expert_bytes=engine.expert_bytes,
         predictor="none" if predictor is None else predictor.name,
     )
     size = {"num_layers": spec.num_moe_layers, "num_experts": spec.num_experts}
-    with TraceWriter(path, info, **size) as writer, _Watch(engine) as watch:
+    watching = _DeviceWatch(engine) if is_device else _Watch(engine)
+    with TraceWriter(path, info, **size) as writer, watching as watch:
         done = 0
         for turn in turns:
             kv_cache = engine.make_cache()
@@ -195,6 +198,51 @@ class _Watch:
         # Guesses are recorded also while prefetching is switched off because it does not pay.
         if runtime.predictor is not None and not runtime.is_prefetching:
             self._recorder.see_predictions(event, runtime.predictor.predict(event))
+
+
+class _DeviceWatch:
+    """Runs forwards where the device decides, and takes down their routing.
+
+    Attributes:
+        num_steps: Forwards so far.
+        decode_s: Duration of each decoded token's forward.
+        decoded: What was counted in these.
+        bandwidth_bytes_s: Not known.
+    """
+
+    bandwidth_bytes_s = None
+
+    def __init__(self, engine: Engine) -> None:
+        self.num_steps = 0
+        self.decode_s: list[float] = []
+        self.decoded = Metrics()
+        self._engine = engine
+        spec = engine.spec
+        self._recorder = RoutingRecorder(spec.num_moe_layers, spec.num_experts, with_weights=True)
+
+    def __enter__(self) -> _DeviceWatch:
+        self._showing = self._engine.device_runtime.showing(self._recorder)
+        self._showing.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._showing.__exit__(*error)
+
+    def forward(self, token_ids: list[int], kv_cache: Any, *, is_prefill: bool) -> list[LayerVisit]:
+        """Run one forward, and give its layer visits."""
+        engine, runtime = self._engine, self._engine.device_runtime
+        self._recorder.is_prefill = is_prefill
+        runtime.count()
+        before = engine.metrics.snapshot()
+        start_s = time.perf_counter()
+        engine.forward(torch.tensor([token_ids]), kv_cache)
+        duration_s = time.perf_counter() - start_s
+        self.num_steps += 1
+        if not is_prefill:
+            runtime.count()
+            self.decode_s.append(duration_s)
+            self.decoded.add(engine.metrics.since(before))
+        return self._recorder.trace.steps.pop()
 
 
 def _times_of(edges: Sequence[float], spans: Sequence[TimeSpan]) -> list[VisitTimes]:

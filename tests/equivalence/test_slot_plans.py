@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from foreload import Engine
 
-PROMPT = list(range(3, 22))
+PROMPT = list(range(40, 60))
 UNEQUAL = (4, 8, 16, 5)
 NUM_NEW = 16
 
@@ -31,7 +31,9 @@ def open_device(directory: Path, **settings: Any) -> Engine:
 
 
 def text_of(engine: Engine, **sampling: Any) -> list[int]:
-    return engine.generate(PROMPT, max_new_tokens=NUM_NEW, **sampling).token_ids
+    tokens = engine.generate(PROMPT, max_new_tokens=NUM_NEW, **sampling).token_ids
+    assert len(tokens) == NUM_NEW
+    return tokens
 
 
 def check(engine: Engine) -> None:
@@ -110,6 +112,18 @@ def test_slots_are_divided_anew_between_requests(
         assert engine.slots_per_layer == (12, 12, 12, 12)
         assert engine.config.slot_plan == "equal"
         assert len(cuda.graphs) == 5, "captured again after each"
+
+
+def test_an_engine_plans_from_what_it_has_recorded_itself(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with open_device(tiny_checkpoint) as engine:
+        wanted = text_of(engine)
+        record_trace(engine, wanted * 3, tmp_path / "own", num_prompt_tokens=8)
+        engine.replan_slots(tmp_path / "own")
+        trace = read_trace(tmp_path / "own")
+        assert engine.slots_per_layer == plan_from_trace(trace, 36, least=engine.spec.top_k)
+        assert text_of(engine) == wanted
 
 
 def test_all_memory_is_there_again_after_a_narrow_plan(tiny_checkpoint: Path) -> None:

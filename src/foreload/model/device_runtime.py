@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     NameExperts = Callable[[RoutingEvent], Tensor | None]
     RouteNext = Callable[[RoutingEvent], RouterOutput | None]
+    SeeRouting = Callable[[RoutingEvent, list[int]], None]
 
 __all__ = ["DeviceRuntime", "DraftLayers"]
 
@@ -115,6 +116,7 @@ class DeviceRuntime:
         # By thread, as forwards are.
         self._drafting: dict[int, DraftLayers] = {}
         self._prefilling: set[int] = set()
+        self._seeing: dict[int, SeeRouting] = {}
         self._guessed: dict[int, tuple[int, Routing]] = {}
         # Pairs of token and expert that were executed, and those that no router chose.
         self._pairs = torch.zeros(2, dtype=torch.int64, device=device)
@@ -136,6 +138,20 @@ class DeviceRuntime:
             yield
         finally:
             self._prefilling.discard(thread)
+
+    @contextmanager
+    def showing(self, see: SeeRouting) -> Iterator[None]:
+        """Show each layer's routing in this thread's forwards, none of which may be captured.
+
+        Args:
+            see: Told what is executed; the list, which the host's runtime fills, is empty.
+        """
+        thread = threading.get_ident()
+        self._seeing[thread] = see
+        try:
+            yield
+        finally:
+            del self._seeing[thread]
 
     @contextmanager
     def drafting(self, draft: DraftLayers) -> Iterator[None]:
@@ -185,6 +201,9 @@ class DeviceRuntime:
             residual = self._residuals.pop((threading.get_ident(), layer), None)
             self._join(layer)
             executed = self._decide(layer, routing)
+            see = self._seeing.get(threading.get_ident())
+            if see is not None:
+                see(RoutingEvent(0, layer, None, *executed), [])
             if not self._is_step(layer, *top_k_index.shape):
                 return self._run_long(layer, experts, hidden_states, routing)
             if residual is not None:
