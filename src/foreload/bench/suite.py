@@ -268,26 +268,28 @@ class _SuiteRun:
         self.result.samples.append(sample)
         if reference is None:
             reference = run.logits
-        shares = self._measure_shares()
+        compute_share, copy_share = self._measure_shares()
         for budget in self._budgets:
             limits = self._limits(trace, budget, trial, sample.tpot_s, workload)
-            self.result.limits.append(replace(limits, **shares))
+            self.result.limits.append(
+                replace(limits, compute_share=compute_share, copy_share=copy_share)
+            )
             for arm in arms:
                 self._tell(f"{place}: {arm.name} at {budget:.0%}")
                 if not self._fits(arm, budget):
                     continue
                 self._run_arm(arm, budget, trial, workload, trace, reference)
 
-    def _measure_shares(self) -> dict[str, float]:
+    def _measure_shares(self) -> tuple[float, float]:
         """Measure what copying and computing keep of their speed beside each other."""
         if not self._suite.measures_shares:
-            return {}
+            return 1.0, 1.0
         probe = probe_experts(
             self._headers,
             folder=self._directory,
             make_backend=make_backend(self._options.link_bytes_s),
         )
-        return {"compute_share": probe.compute_share, "copy_share": probe.copy_share}
+        return probe.compute_share, probe.copy_share
 
     def _fits(self, arm: Arm, budget: float) -> bool:
         """Tell whether a budget has room for an arm's draft; note it where it has not."""
