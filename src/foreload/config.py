@@ -199,15 +199,9 @@ class EngineConfig:
     @property
     def host_only(self) -> str | None:
         """Name a setting that only orchestration="host" can run; None where there is none."""
-        device_can = {
-            "policy": ("exact", "speculate"),
-            "predictor": ("auto", "none", "lookahead", "default-vectors"),
-            # The default stands for no wish: the tables on the device know one rule.
-            "eviction": ("history", "lru"),
-        }
-        for name, choices in device_can.items():
-            if getattr(self, name) not in choices:
-                return f"{name}={getattr(self, name)!r}"
+        # The default stands for no wish: the tables on the device know one rule.
+        if self.eviction not in ("history", "lru"):
+            return f"eviction={self.eviction!r}"
         return None
 
     @classmethod

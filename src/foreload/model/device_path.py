@@ -23,6 +23,7 @@ from foreload.model.device_plan import (
     draft_layouts,
     most_step_tokens,
 )
+from foreload.model.device_policy import DevicePolicy
 from foreload.model.device_runtime import DeviceRuntime
 from foreload.model.device_self_draft import DeviceSelfDraft
 from foreload.model.graph import StepGraphs
@@ -39,11 +40,12 @@ if TYPE_CHECKING:
     import torch
 
     from foreload.metrics import Metrics
-    from foreload.model.device_runtime import NameExperts, RouteNext
     from foreload.model.graph import ForwardAll, StepGraph
     from foreload.model.hf import LoadedModel
     from foreload.ops.device_experts import ExpertKernels
     from foreload.ops.reference import SumRule
+    from foreload.schedule.policy import ExecutionPolicy
+    from foreload.types import TensorPredictor
 
 __all__ = ["DevicePath"]
 
@@ -63,8 +65,8 @@ class DevicePath:
         sum_rules: Per MoE layer, the element type its experts are summed in.
         forward: From token ids (1, T) and a KV cache to logits (T, V).
         metrics: Where steps and lookups are counted.
-        name_experts: Names the next layer's likely experts without a host sync, or None.
-        route_next: Guesses the next layer's routing, to be executed; None follows the true router.
+        policy: Who decides what is executed.
+        predictor: Guesses the next layer's routing, or None.
         num_workers: Experts read from the checkpoint at once.
         limit_bytes: What the host tier may take.
         progress: Called with (done, total) bytes while the host tier is filled.
@@ -73,7 +75,8 @@ class DevicePath:
         draft_progress: Called with (done, total) bytes while experts are quantised.
 
     Attributes:
-        runtime: What happens at each MoE layer.
+        policy: What is executed at each MoE layer.
+        runtime: What happens there.
         num_slots: Experts that fit, over all layers.
         drafter: Makes the rounds of speculative decoding; None without a draft.
 
@@ -92,8 +95,8 @@ class DevicePath:
         sum_rules: Sequence[SumRule],
         forward: ForwardAll,
         metrics: Metrics,
-        name_experts: NameExperts | None = None,
-        route_next: RouteNext | None = None,
+        policy: ExecutionPolicy,
+        predictor: TensorPredictor | None = None,
         num_workers: int = 2,
         limit_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -136,6 +139,8 @@ class DevicePath:
                 max_prefetches=spec.top_k,
             )
             self.num_slots = num_slots * spec.num_moe_layers
+            rules = [site.scores for site in loaded.sites]
+            self.policy = DevicePolicy(policy, self._experts.tables, rules)
             self.runtime = DeviceRuntime(
                 self._experts,
                 ExpertStream(self._host.blocks, device),
@@ -144,8 +149,8 @@ class DevicePath:
                 block_bytes=size,
                 metrics=metrics,
                 device=device,
-                name_experts=name_experts,
-                route_next=route_next,
+                policy=self.policy,
+                predictor=predictor,
             )
             if not is_static:
                 logger.warning(

@@ -1,0 +1,122 @@
+"""What a step executes where the device decides: the counterpart of the policies on the host.
+
+Who decides is settled when an engine is opened, because it goes into captured steps. Only tensors:
+nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+from foreload.ops.present import choose_present
+from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
+from foreload.types import Routing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from foreload.ops.device_tables import DeviceTables
+    from foreload.ops.scores import LayerScores
+    from foreload.schedule.policy import ExecutionPolicy
+    from foreload.types import RouterOutput
+
+__all__ = ["DevicePolicy"]
+
+
+class DevicePolicy:
+    """Chooses between the true routing, what was guessed, and what is in the slots.
+
+    Args:
+        policy: Whose rule to follow.
+        tables: Who is in which slot. An expert whose prefetch was waited for is; there is no such
+            thing as one that is arriving.
+        score_rules: Per MoE layer, how its router makes weights, None where that is not known.
+
+    Attributes:
+        pairs: (2,) int64 on the device: pairs of token and expert that were routed, and those of
+            them that were not executed. Nothing is counted under the exact policy.
+    """
+
+    def __init__(
+        self,
+        policy: ExecutionPolicy,
+        tables: DeviceTables,
+        score_rules: Sequence[LayerScores | None] = (),
+    ) -> None:
+        self._policy = policy
+        self._tables = tables
+        self._score_rules = score_rules
+        self.pairs = torch.zeros(2, dtype=torch.int64, device=tables.slot_of.device)
+        # By thread, as forwards are.
+        self._guessed: dict[int, tuple[int, Routing]] = {}
+        self._logits: dict[tuple[int, int], Tensor] = {}
+
+    def see_logits(self, layer: int, logits: Tensor) -> None:
+        """Keep a router's logits, (T, E), for the choice among other experts."""
+        self._logits[threading.get_ident(), layer] = logits
+
+    def see_guess(self, layer: int, output: RouterOutput) -> None:
+        """Keep what a layer's router answered early; where that has weights it may be executed."""
+        if isinstance(self._policy, Speculate) and output.top_k_weights is not None:
+            guess = Routing(output.top_k_index, output.top_k_weights)
+            self._guessed[threading.get_ident()] = (layer, guess)
+
+    def decide(
+        self, layer: int, true: Routing, num_experts: int, *, is_prefill: bool = False
+    ) -> Routing:
+        """Give the routing to execute, (T, K) each; `true` itself where the true router decides.
+
+        Args:
+            layer: MoE layer. What was being fetched for it must have been waited for.
+            true: The router's choice.
+            num_experts: Experts of the layer; indices of that and above stand for no expert.
+            is_prefill: Whether the forward is part of a prompt.
+        """
+        policy = self._policy
+        if isinstance(policy, Exact):
+            return true
+        thread = threading.get_ident()
+        guess = self._guessed.pop(thread, None)
+        logits = self._logits.pop((thread, layer), None)
+        self.pairs[0] += true.top_k_index.numel()
+        if not policy.applies(len(true.top_k_index), is_prefill=is_prefill):
+            return true
+        if isinstance(policy, SpeculateWhen):
+            return self._counted(
+                true, self._choose_present(policy, layer, true, logits, num_experts)
+            )
+        if guess is None or guess[0] != layer or len(guess[1].top_k_index) != len(true.top_k_index):
+            return true
+        index, weights = guess[1]
+        return self._counted(true, Routing(index, weights.to(true.top_k_weights.dtype)))
+
+    def forget(self) -> None:
+        """Forget what a forward that was broken off has left."""
+        self._guessed.clear()
+        self._logits.clear()
+
+    def _choose_present(
+        self,
+        policy: SpeculateWhen,
+        layer: int,
+        true: Routing,
+        logits: Tensor | None,
+        num_experts: int,
+    ) -> Routing:
+        return choose_present(
+            true,
+            self._tables.slot_of[layer, :num_experts] >= 0,
+            most_lost=policy.most_lost,
+            rule=self._score_rules[layer] if self._score_rules else None,
+            logits=logits,
+        )
+
+    def _counted(self, true: Routing, executed: Routing) -> Routing:
+        same = true.top_k_index[:, :, None] == executed.top_k_index[:, None, :]
+        self.pairs[1] += (~same.any(-1)).sum()
+        return executed
