@@ -89,8 +89,9 @@ class EngineConfig:
             where that can be, else "host".
         predictor: "none", "lookahead", "default-vectors", "estimator", or "auto": the best of
             these by recall, measured as text is generated. Prefetching switches itself off while it
-            loses.
-        lookahead_layers: How many MoE layers ahead to predict.
+            loses. With orchestration="device" nothing is measured: "auto" is the last of these that
+            there is everything for.
+        lookahead_layers: How many MoE layers ahead to predict; with orchestration="device" one.
         eviction: "history", "next-use", "lru", "lfu", "least-stale", or "none" (experts leave after
             use).
         num_workers: Copies in flight at once.
