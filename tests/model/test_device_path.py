@@ -13,6 +13,7 @@ from foreload.errors import CapacityError, ConfigError, TransferError
 from foreload.memory.host_arena import HostArena
 from foreload.model import device_path
 from foreload.model.device_plan import device_layouts
+from foreload.ops import present
 from foreload.ops.device_layout import unpack_expert
 
 if TYPE_CHECKING:
@@ -89,6 +90,12 @@ def test_what_a_predictor_needs_and_nobody_made_is_named(
     with pytest.raises(ConfigError, match=f"predictor='{predictor}' needs") as caught:
         open_device(tiny_checkpoint, predictor=predictor)
     assert f"foreload {verb}" in str(caught.value.hint)
+
+
+def test_a_cuda_device_chooses_among_who_is_there_in_one_kernel() -> None:
+    triton_present = pytest.importorskip("foreload.ops.triton_present")
+    assert device_path._make_choice(torch.device("cuda:1")) is triton_present.choose_present
+    assert device_path._make_choice(torch.device("cpu")) is present.choose_present
 
 
 def test_without_a_predictor_speculate_when_still_knows_the_routers(tiny_checkpoint: Path) -> None:

@@ -41,7 +41,9 @@ def test_what_is_not_known_is_not_guessed(function: object) -> None:
 def test_a_module_that_cannot_be_tried_is_left_alone() -> None:
     elsewhere, narrow = torch.ones(1, device="meta"), torch.ones(7)
     for own in (elsewhere, narrow):
-        assert find_gating(PlainExperts(act_fn=lambda values, own=own: F.silu(values) * own)) is None
+        assert (
+            find_gating(PlainExperts(act_fn=lambda values, own=own: F.silu(values) * own)) is None
+        )
 
 
 def test_a_module_that_is_broken_is_not_taken_for_one_that_is_unknown() -> None:

@@ -31,6 +31,7 @@ from foreload.model.kv_cache import can_be_static, make_static_cache
 from foreload.model.sites import silenced_experts
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import pack_expert
+from foreload.ops.present import choose_present
 from foreload.schedule.governor import Governor
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from foreload.metrics import Metrics
+    from foreload.model.device_policy import ChoosePresent
     from foreload.model.graph import ForwardAll, StepGraph
     from foreload.model.hf import LoadedModel
     from foreload.ops.device_experts import ExpertKernels
@@ -140,7 +142,9 @@ class DevicePath:
             )
             self.num_slots = num_slots * spec.num_moe_layers
             rules = [site.scores for site in loaded.sites]
-            self.policy = DevicePolicy(policy, self._experts.tables, rules)
+            self.policy = DevicePolicy(
+                policy, self._experts.tables, rules, choose=_make_choice(device)
+            )
             self.runtime = DeviceRuntime(
                 self._experts,
                 ExpertStream(self._host.blocks, device),
@@ -258,3 +262,12 @@ def _make_kernels(device: torch.device) -> ExpertKernels | None:
     from foreload.ops.triton import TritonKernels
 
     return TritonKernels()
+
+
+def _make_choice(device: torch.device) -> ChoosePresent:
+    """Give what chooses among experts that are in slots; the kernel needs what kernels need."""
+    if device.type != "cuda":
+        return choose_present
+    from foreload.ops import triton_present
+
+    return triton_present.choose_present

@@ -16,7 +16,7 @@ from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 from foreload.types import Routing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from foreload.ops.scores import LayerScores
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import RouterOutput
+
+    ChoosePresent = Callable[..., Routing]
 
 __all__ = ["DevicePolicy"]
 
@@ -36,6 +38,7 @@ class DevicePolicy:
         tables: Who is in which slot. An expert whose prefetch was waited for is; there is no such
             thing as one that is arriving.
         score_rules: Per MoE layer, how its router makes weights, None where that is not known.
+        choose: What chooses among who is there; the twin in plain torch by default.
 
     Attributes:
         pairs: (2,) int64 on the device: pairs of token and expert that were routed, and those of
@@ -47,10 +50,13 @@ class DevicePolicy:
         policy: ExecutionPolicy,
         tables: DeviceTables,
         score_rules: Sequence[LayerScores | None] = (),
+        *,
+        choose: ChoosePresent = choose_present,
     ) -> None:
         self._policy = policy
         self._tables = tables
         self._score_rules = score_rules
+        self._choose = choose
         self.pairs = torch.zeros(2, dtype=torch.int64, device=tables.slot_of.device)
         # By thread, as forwards are.
         self._guessed: dict[int, tuple[int, Routing]] = {}
@@ -83,17 +89,19 @@ class DevicePolicy:
         thread = threading.get_ident()
         guess = self._guessed.pop(thread, None)
         logits = self._logits.pop((thread, layer), None)
+        num_tokens = len(true.top_k_index)
+        is_free = policy.applies(num_tokens, is_prefill=is_prefill)
+        if is_free and isinstance(policy, SpeculateWhen):
+            return self._choose_present(policy, layer, true, logits, num_experts)
         self.pairs[0] += true.top_k_index.numel()
-        if not policy.applies(len(true.top_k_index), is_prefill=is_prefill):
-            return true
-        if isinstance(policy, SpeculateWhen):
-            return self._counted(
-                true, self._choose_present(policy, layer, true, logits, num_experts)
-            )
-        if guess is None or guess[0] != layer or len(guess[1].top_k_index) != len(true.top_k_index):
+        if guess is None or not is_free:
             return true
         index, weights = guess[1]
-        return self._counted(true, Routing(index, weights.to(true.top_k_weights.dtype)))
+        if guess[0] != layer or len(index) != num_tokens:
+            return true
+        same = true.top_k_index[:, :, None] == index[:, None, :]
+        self.pairs[1] += (~same.any(-1)).sum()
+        return Routing(index, weights.to(true.top_k_weights.dtype))
 
     def forget(self) -> None:
         """Forget what a forward that was broken off has left."""
@@ -108,15 +116,11 @@ class DevicePolicy:
         logits: Tensor | None,
         num_experts: int,
     ) -> Routing:
-        return choose_present(
+        return self._choose(
             true,
-            self._tables.slot_of[layer, :num_experts] >= 0,
+            self._tables.slot_of[layer, :num_experts],
+            self.pairs,
             most_lost=policy.most_lost,
             rule=self._score_rules[layer] if self._score_rules else None,
             logits=logits,
         )
-
-    def _counted(self, true: Routing, executed: Routing) -> Routing:
-        same = true.top_k_index[:, :, None] == executed.top_k_index[:, None, :]
-        self.pairs[1] += (~same.any(-1)).sum()
-        return executed

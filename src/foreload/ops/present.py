@@ -22,7 +22,8 @@ __all__ = ["choose_present"]
 
 def choose_present(
     true: Routing,
-    is_present: Tensor,
+    slot_of: Tensor,
+    pairs: Tensor,
     *,
     most_lost: float,
     rule: LayerScores | None = None,
@@ -36,7 +37,9 @@ def choose_present(
 
     Args:
         true: The router's choice, (1, K) each; indices of E and above stand for no expert.
-        is_present: (E,) bool, which of the layer's experts are there.
+        slot_of: (E,) integers, negative for experts of the layer that are in no slot.
+        pairs: (2,) int64, changed in place: pairs of token and expert that were routed, and those
+            of them that were dropped, are added.
         most_lost: Share of the routing weight that may be dropped, below 1.
         rule: How the router makes weights of logits, or None.
         logits: (1, E) the router's logits; of any other shape they are not used.
@@ -46,18 +49,22 @@ def choose_present(
         what the host's rule gives, the order of experts aside.
 
     Cost:
-        Some 40 operations on up to K * K or E numbers in double precision, no host sync.
+        Some 50 operations on up to K * K or E numbers in double precision, no host sync; on a GPU
+        one kernel (`ops.triton_present`).
     """
-    num_experts = len(is_present)
-    experts, weights = true.top_k_index[0].long(), true.top_k_weights[0].double()
-    here = torch.cat([is_present, is_present.new_ones(1)])
-    places = experts.clamp(max=num_experts)  # (K,) placeholders are at E, and never missing
-    is_dropped = _find_dropped(places, weights, ~here[places], most_lost)
-    index = places.masked_fill(is_dropped, num_experts)
+    num_experts = len(slot_of)
+    weights = true.top_k_weights[0].double()
+    # Placeholders are at E, and never missing.
+    experts = true.top_k_index[0].long().clamp(max=num_experts)
+    here = torch.cat([slot_of >= 0, torch.ones_like(slot_of[:1], dtype=torch.bool)])
+    is_dropped = _find_dropped(experts, weights, ~here[experts], most_lost)
+    pairs[0] += len(experts)
+    pairs[1] += is_dropped.sum()
+    index = experts.masked_fill(is_dropped, num_experts)
     kept = weights.masked_fill(is_dropped, 0)
     if rule is not None and logits is not None and logits.shape == (1, num_experts):
         scores = rule.rule.log_scores(logits[0]).exp().double()
-        index, kept = _fill(index, kept, places, is_dropped, here, scores)
+        index, kept = _fill(index, kept, experts, is_dropped, here, scores)
     if rule is None or rule.is_normalised:
         # Where nothing was dropped the weights stay as they are, even if there is none to share.
         kept = kept * torch.where(is_dropped.any(), weights.sum() / kept.sum(), 1.0)
