@@ -166,6 +166,14 @@ def test_guessed_experts_are_there_when_their_layer_comes() -> None:
     assert not setup.runtime._open, "behind the last layer there is none"
 
 
+def test_the_likeliest_are_brought_where_there_is_no_room_for_all() -> None:
+    index, weights = torch.tensor([[4, 6, 5, 7]]), torch.tensor([[0.1, 0.3, 0.2, 0.4]])
+    for given, brought in ((weights, {6, 7}), (None, {4, 6})):
+        setup = Setup(2, Guesser(lambda event, w=given: RouterOutput(index, w, None)))
+        setup.run(0, ids((0, 1)))
+        assert {e for e in range(EXPERTS) if setup.is_in_slot(1, e)} == brought
+
+
 def test_predictors_are_told_of_everything_that_was_seen() -> None:
     guesser = Guesser(lambda event: None)
     setup = Setup(EXPERTS, guesser)

@@ -1,4 +1,4 @@
-"""The kernel chooses as its twin does: in Triton's interpreter, or compiled where there is a GPU."""
+"""The kernel chooses as its twin does: interpreted, or compiled where there is a GPU."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from foreload.ops.device_experts import DeviceExperts
     from foreload.ops.device_layout import ExpertLayout
     from foreload.ops.reference import SumRule
-    from foreload.types import TensorPredictor
+    from foreload.types import RouterOutput, TensorPredictor
 
 __all__ = ["DeviceRuntime", "DraftLayers"]
 
@@ -235,7 +235,7 @@ class DeviceRuntime:
             guess = predictor.route_next(event)
             if guess is not None:
                 self._policy.see_guess(layer, guess)
-                self._experts.prefetch(layer, guess.top_k_index)
+                self._experts.prefetch(layer, _likeliest_first(guess))
         self._open[layer] = _Prefetch(self._side.mark(), event)
 
     def _prefetch_noted(self, layer: int, named: Tensor) -> None:
@@ -268,3 +268,11 @@ class DeviceRuntime:
         # What comes next resembles the last token more than nothing at all.
         self._experts.prefetch(layer, index[-1:])
         return accumulate(hidden_states, weights.dtype, groups, outputs, self._sum_rules[layer])
+
+
+def _likeliest_first(guess: RouterOutput) -> Tensor:
+    """Give the experts of an early answer (1, K); not every router sorts its choice."""
+    if guess.top_k_weights is None:
+        return guess.top_k_index
+    order = guess.top_k_weights.argsort(-1, descending=True)
+    return guess.top_k_index.gather(-1, order)
