@@ -19,6 +19,7 @@ from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, Timeline
 from foreload.model.hf import load_model, load_tokenizer
 from foreload.predict.calibration import DefaultVectorRecorder, calibration_path
+from foreload.predict.estimator import LayerNetwork, TrainedEstimator, estimator_path
 from foreload.resolution import resolve
 from foreload.types import ExpertKey, ExpertPlan, ExpertTensor, Prediction, Routing, Span
 
@@ -224,6 +225,24 @@ def write_random_vectors(cache_dir: Path, spec: ModelSpec) -> None:
     recorder.write(calibration_path(cache_dir, spec.identity), spec.identity)
 
 
+def write_random_estimator(cache_dir: Path, spec: ModelSpec) -> None:
+    """Write an estimator that nobody trained, and that is asked about all layers but one."""
+    generator = torch.Generator().manual_seed(0)
+    networks = {}
+    for layer in range(1, spec.num_moe_layers):
+        network = LayerNetwork(spec.hidden_size, spec.num_experts, 8)
+        for parameter in network.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        networks[layer] = network.requires_grad_(False)
+    choices = ["lookahead", *["estimator"] * (spec.num_moe_layers - 1)]
+    if spec.num_moe_layers > 2:
+        choices[2] = "default-vectors"
+    shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+    vectors = torch.randn(shape, generator=generator)
+    path = estimator_path(cache_dir, spec.identity)
+    TrainedEstimator(networks, tuple(choices), vectors).write(path, spec.identity)
+
+
 def make_engine(
     directory: Path,
     *,
@@ -236,7 +255,7 @@ def make_engine(
     """Open a checkpoint with parts of the engine exchanged.
 
     A predictor may be a setting or a function that makes one; "minimum" is a size here too, and
-    with a `cache_dir` the predictor "default-vectors" finds random vectors.
+    with a `cache_dir` the predictors "default-vectors" and "estimator" find random ones.
     """
     loaded = load_model(directory, dtype=settings.get("dtype", "auto"))
     if settings.get("expert_memory") == "minimum":
@@ -244,6 +263,8 @@ def make_engine(
     settings["predictor"] = predictor if isinstance(predictor, str) else "lookahead"
     if predictor == "default-vectors" and cache_dir is not None:
         write_random_vectors(cache_dir, loaded.spec)
+    if predictor == "estimator" and cache_dir is not None:
+        write_random_estimator(cache_dir, loaded.spec)
     config = resolve(EngineConfig.from_dict({"model": str(directory), **settings}), loaded)
     return Engine(
         loaded,

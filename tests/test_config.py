@@ -97,12 +97,7 @@ class TestEngineConfig:
     @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
     @pytest.mark.parametrize(
         "setting",
-        [
-            {"policy": "speculate-when"},
-            {"predictor": "estimator"},
-            {"eviction": "least-stale"},
-            {"eviction": "none"},
-        ],
+        [{"eviction": "least-stale"}, {"eviction": "none"}],
         ids=str,
     )
     def test_what_only_the_host_can_run_is_refused_elsewhere(
@@ -114,6 +109,11 @@ class TestEngineConfig:
         assert name in str(EngineConfig(**setting).host_only)
         with pytest.raises(ConfigError, match=f"{name}=.*needs the host"):
             EngineConfig(**how, **setting)
+
+    def test_every_predictor_and_policy_runs_wherever_experts_are_decided_about(self) -> None:
+        for name in ("predictor", "policy"):
+            for value in EngineConfig.CHOICES[name]:
+                assert EngineConfig(orchestration="device", **{name: value}).host_only is None
 
     def test_the_host_may_decide_about_a_cuda_device(self) -> None:
         for setting in ({"orchestration": "host"}, {"policy": "speculate"}, {"eviction": "lfu"}):

@@ -34,6 +34,7 @@ NEEDS_EXTRA = {
     "lm_eval.py": "lm_eval",
     "ops/triton.py": "triton",
     "ops/triton_kernels.py": "triton",
+    "ops/triton_present.py": "triton",
 }
 
 # Modules that may ask torch.cuda: everything else is the same on any device.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fakes import write_random_vectors
+from fakes import write_random_estimator, write_random_vectors
 from foreload.config import EngineConfig
 from foreload.errors import CheckpointError, ConfigError
 from foreload.model.hf import load_model
@@ -75,6 +75,14 @@ def test_guesses_that_stay_on_the_device_come_of_what_there_is(
         "lookahead",
         "default-vectors",
         "default-vectors",
+    ]
+    with pytest.raises(ConfigError, match="an estimator"):
+        name("estimator")
+    write_random_estimator(tmp_path, loaded.spec)
+    assert [name(wanted) for wanted in ("default-vectors", "auto", "estimator")] == [
+        "default-vectors",
+        "estimator",
+        "estimator",
     ]
 
 

@@ -223,8 +223,21 @@ class TestDevice:
     @pytest.mark.usefixtures("_has_cuda")
     @pytest.mark.parametrize(
         "setting",
+        [{"policy": "speculate-when"}, {"policy": "speculate"}, {"predictor": "estimator"}],
+        ids=str,
+    )
+    def test_it_decides_for_itself_under_every_policy_and_predictor(
+        self, loaded: LoadedModel, setting: dict[str, Any]
+    ) -> None:
+        for device in ("auto", "cuda"):
+            resolved = resolve(config(device=device, **setting), loaded)
+            assert (resolved.device, resolved.orchestration) == ("cuda:0", "device")
+
+    @pytest.mark.usefixtures("_has_cuda")
+    @pytest.mark.parametrize(
+        "setting",
         [
-            {"policy": "speculate-when"},
+            {"eviction": "lfu"},
             {"draft": "int4", "expert_memory": "60%"},
             {"orchestration": "host"},
             {"device": "cpu"},
@@ -360,14 +373,11 @@ class TestStaged:
         assert "do not all fit" in caplog.text
         assert resolve(config(device=device), loaded).orchestration == "device"
 
-    @pytest.mark.parametrize(
-        "setting", [{"policy": "speculate-when"}, {"eviction": "lfu"}], ids=str
-    )
     def test_auto_is_the_host_where_a_setting_wants_it(
-        self, loaded: LoadedModel, setting: dict[str, Any], caplog: pytest.LogCaptureFixture
+        self, loaded: LoadedModel, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level("INFO", "foreload")
-        resolved = resolve(config(device="cuda", **setting), loaded)
+        resolved = resolve(config(device="cuda", eviction="lfu"), loaded)
         assert (resolved.device, resolved.orchestration) == ("cuda:0", "host")
         assert "wants it" in caplog.text
 

@@ -92,8 +92,9 @@ class EngineConfig:
             the slots of each layer.
         predictor: "none", "lookahead", "default-vectors", "estimator", or "auto": the best of
             these by recall, measured as text is generated. Prefetching switches itself off while it
-            loses.
-        lookahead_layers: How many MoE layers ahead to predict.
+            loses. With orchestration="device" nothing is measured: "auto" is the last of these that
+            there is everything for.
+        lookahead_layers: How many MoE layers ahead to predict; with orchestration="device" one.
         eviction: "history", "next-use", "lru", "lfu", "least-stale", or "none" (experts leave after
             use).
         num_workers: Copies in flight at once.
@@ -222,15 +223,9 @@ class EngineConfig:
     @property
     def host_only(self) -> str | None:
         """Name a setting that only orchestration="host" can run; None where there is none."""
-        device_can = {
-            "policy": ("exact", "speculate"),
-            "predictor": ("auto", "none", "lookahead", "default-vectors"),
-            # The default stands for no wish: the tables on the device know one rule.
-            "eviction": ("history", "lru"),
-        }
-        for name, choices in device_can.items():
-            if getattr(self, name) not in choices:
-                return f"{name}={getattr(self, name)!r}"
+        # The default stands for no wish: the tables on the device know one rule.
+        if self.eviction not in ("history", "lru"):
+            return f"eviction={self.eviction!r}"
         return None
 
     @classmethod

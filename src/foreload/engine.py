@@ -474,10 +474,7 @@ class Engine:
             return
         find_routers(self._loaded)
         self.runtime.score_rules = [site.scores for site in self._loaded.sites]
-        for site in self._loaded.sites:
-            if site.router is not None:
-                hook = functools.partial(self._see_router, site)
-                self._handles.append(site.router.register_forward_hook(hook))
+        self._watch_logits(self.runtime.see_logits)
 
     def _open_host_path(
         self,
@@ -533,6 +530,8 @@ class Engine:
         if predictor is not None:
             self._watch_residuals(self.runtime.see_residual)
         self.runtime.policy = self._make_policy()
+        if isinstance(self.runtime.policy, SpeculateWhen):
+            self.watch_routers()
         if draft is not None:
             self.drafter = self._make_drafter(draft)
 
@@ -548,7 +547,7 @@ class Engine:
         self.model.to(device)
         predictor = make_tensor_predictor(config, loaded, self.cache_dir)
         self.config = config.with_values(predictor="none" if predictor is None else predictor.name)
-        is_speculating = predictor is not None and isinstance(self._make_policy(), Speculate)
+        policy = self._make_policy()
         tokens = config.num_draft_tokens
         path = self._device = DevicePath(
             loaded,
@@ -557,8 +556,8 @@ class Engine:
             sum_rules=sum_rules,
             forward=self.forward_all,
             metrics=self.metrics,
-            name_experts=None if predictor is None else predictor.name_experts,
-            route_next=predictor.route_next if predictor and is_speculating else None,
+            policy=policy,
+            predictor=predictor,
             num_workers=config.num_workers,
             limit_bytes=int(config.host_memory),
             progress=progress,
@@ -570,6 +569,8 @@ class Engine:
         attach(loaded.sites, path.runtime.run_layer)
         if predictor is not None:
             self._watch_residuals(path.runtime.see_residual)
+        if isinstance(policy, SpeculateWhen):
+            self._watch_logits(path.policy.see_logits)
 
     def _count(self) -> None:
         """Bring the counters up to date where others have counted."""
@@ -613,7 +614,7 @@ class Engine:
                     )
                 return Speculate()
             case "speculate-when":
-                self.watch_routers()
+                find_routers(self._loaded)
                 return SpeculateWhen(self.config.confidence)
         return Exact()
 
@@ -626,10 +627,11 @@ class Engine:
             hook = functools.partial(_see_residual, see, site.layer)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _see_router(self, site: MoeSite, module: Any, args: Any, output: Any) -> None:
-        logits = router_logits(site, output)
-        if logits is not None:
-            self.runtime.see_logits(site.layer, logits)
+    def _watch_logits(self, see: Callable[[int, Tensor], None]) -> None:
+        for site in self._loaded.sites:
+            if site.router is not None:
+                hook = functools.partial(_see_router, see, site)
+                self._handles.append(site.router.register_forward_hook(hook))
 
     @functools.cached_property
     def _last_logits_only(self) -> dict[str, int]:
@@ -722,6 +724,15 @@ def _see_residual(
     residual = args[0] if args else kwargs.get("hidden_states")
     if isinstance(residual, torch.Tensor):
         see(layer, residual.reshape(-1, residual.shape[-1]))
+
+
+def _see_router(
+    see: Callable[[int, Tensor], None], site: MoeSite, module: Any, args: Any, output: Any
+) -> None:
+    """Show the logits (T, E) in what a router gave."""
+    logits = router_logits(site, output)
+    if logits is not None:
+        see(site.layer, logits)
 
 
 def _host_needed() -> ConfigError:

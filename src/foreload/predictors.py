@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from foreload.config import EngineConfig
     from foreload.model.hf import LoadedModel
     from foreload.predict.estimator import LayerNetwork
-    from foreload.types import Predictor
+    from foreload.types import Predictor, TensorPredictor
 
 __all__ = [
     "corrected_routers",
@@ -103,22 +103,10 @@ def make_predictor(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -
         candidates.append(
             DefaultVectors(routers, list(vectors), max_distance=ahead, num_extra=extra)
         )
-    path = estimator_path(cache_dir, spec.identity)
-    if path.is_file() and wanted != "default-vectors":
-        trained = read_estimator(path, spec.identity, shape)
-        # Its own default vectors, those it was trained with.
-        vectors = trained.default_vectors.to(device)
-        candidates.append(
-            Estimator(
-                corrected_routers(loaded, trained.networks),
-                trained.choices,
-                lookahead=lookahead,
-                default_vectors=DefaultVectors(
-                    routers, list(vectors), max_distance=ahead, num_extra=extra
-                ),
-                num_extra=extra,
-            )
-        )
+    if wanted != "default-vectors":
+        estimator = _read_estimator(loaded, routers, cache_dir, max_distance=ahead, num_extra=extra)
+        if estimator is not None:
+            candidates.append(estimator)
     if wanted == "auto":
         return MeasuredChoice(candidates) if len(candidates) > 1 else lookahead
     found = next((candidate for candidate in candidates if candidate.name == wanted), None)
@@ -129,8 +117,11 @@ def make_predictor(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -
 
 def make_tensor_predictor(
     config: EngineConfig, loaded: LoadedModel, cache_dir: Path
-) -> Lookahead | None:
-    """Make a predictor whose guesses stay on the device; "auto" measures nothing there.
+) -> TensorPredictor | None:
+    """Make a predictor whose guesses stay on the device.
+
+    "auto" measures nothing there: it is an estimator where one was trained, else default vectors
+    where they were calibrated.
 
     Raises:
         ConfigError: What it needs has not been made.
@@ -140,14 +131,46 @@ def make_tensor_predictor(
     if wanted == "none":
         return None
     routers = early_routers(loaded)
+    if wanted in ("auto", "estimator"):
+        estimator = _read_estimator(loaded, routers, cache_dir)
+        if estimator is not None:
+            return estimator
     path = calibration_path(cache_dir, spec.identity)
-    if wanted == "lookahead" or (wanted == "auto" and not path.is_file()):
-        return Lookahead(routers)
-    if not path.is_file():
+    if wanted in ("auto", "default-vectors") and path.is_file():
+        shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+        vectors = read_default_vectors(path, spec.identity, shape).to(loaded.model.device)
+        return DefaultVectors(routers, list(vectors))
+    if wanted in _MADE_BY:
         raise _nothing_made(config)
+    return Lookahead(routers)
+
+
+def _read_estimator(
+    loaded: LoadedModel,
+    routers: list[EarlyRouter],
+    cache_dir: Path,
+    *,
+    max_distance: int = 1,
+    num_extra: int = 0,
+) -> Estimator | None:
+    """Give the estimator that was trained for a model; None where there is none."""
+    spec = loaded.spec
+    path = estimator_path(cache_dir, spec.identity)
+    if not path.is_file():
+        return None
     shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
-    vectors = read_default_vectors(path, spec.identity, shape).to(loaded.model.device)
-    return DefaultVectors(routers, list(vectors))
+    trained = read_estimator(path, spec.identity, shape)
+    # Its own default vectors, those it was trained with.
+    vectors = list(trained.default_vectors.to(loaded.model.device))
+    return Estimator(
+        corrected_routers(loaded, trained.networks),
+        trained.choices,
+        lookahead=Lookahead(routers, max_distance=max_distance, num_extra=num_extra),
+        default_vectors=DefaultVectors(
+            routers, vectors, max_distance=max_distance, num_extra=num_extra
+        ),
+        num_extra=num_extra,
+    )
 
 
 def _nothing_made(config: EngineConfig) -> ConfigError:

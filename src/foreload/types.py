@@ -24,6 +24,7 @@ __all__ = [
     "Routing",
     "RoutingEvent",
     "Span",
+    "TensorPredictor",
 ]
 
 
@@ -102,6 +103,21 @@ class Predictor(Protocol):
 
     def predict(self, event: RoutingEvent) -> list[Prediction]:
         """Guess the coming layers' experts; an empty list where there is nothing to say."""
+
+
+class TensorPredictor(Protocol):
+    """Guesses where the device decides: its guesses stay tensors, and nothing waits for them."""
+
+    @property
+    def name(self) -> str:
+        """Give the name that settings and tables use."""
+
+    def route_next(self, event: RoutingEvent) -> RouterOutput | None:
+        """Give the next layer's router's early answer; None where there is nothing to say.
+
+        Of several tokens nothing is said, but it is told of them as it is of the last layer: what
+        it sees there may serve the next token's guesses.
+        """
 
 
 class Lookup(Enum):

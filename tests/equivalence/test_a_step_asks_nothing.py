@@ -71,7 +71,13 @@ def watch_step(engine: Engine) -> tuple[Watch, QuietKernels]:
 
 @pytest.mark.parametrize(
     ("predictor", "policy"),
-    [("lookahead", "exact"), ("default-vectors", "exact"), ("default-vectors", "speculate")],
+    [
+        ("lookahead", "exact"),
+        ("default-vectors", "exact"),
+        ("default-vectors", "speculate"),
+        ("estimator", "speculate"),
+        ("estimator", "speculate-when"),
+    ],
 )
 @pytest.mark.parametrize("family", zoo.SEVEN_FAMILIES)
 def test_no_value_is_asked_for(family: str, predictor: str, policy: str, tmp_path: Path) -> None:
@@ -83,6 +89,7 @@ def test_no_value_is_asked_for(family: str, predictor: str, policy: str, tmp_pat
         expert_memory="50%",
         predictor=predictor,
         policy=policy,
+        confidence=0.3,
         cache_dir=tmp_path,
     )
     with engine:
@@ -90,6 +97,9 @@ def test_no_value_is_asked_for(family: str, predictor: str, policy: str, tmp_pat
         layers = list(range(engine.spec.num_moe_layers))
         assert len(watch.called) > 20
         assert not watch.asked
+        if policy == "speculate-when":
+            engine._count()
+            assert engine.metrics.num_speculated > 0, "it had nothing to choose"
         assert kernels.assigned == layers
         assert kernels.prefetched == layers[1:]
 

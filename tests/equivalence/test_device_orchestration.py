@@ -5,6 +5,7 @@ The device path runs its twins on the CPU, uncaptured: all of it but the capture
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from foreload import Engine
+    from foreload.types import RoutingEvent
 
 FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "phimoe"]
 NUM_DECODED = 32
@@ -130,8 +132,13 @@ def test_the_demo_model_writes_the_same(predictor: str, tmp_path: Path) -> None:
         check(device)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("predictor", ["lookahead", "default-vectors"])
+@pytest.mark.parametrize(
+    ("family", "predictor"),
+    [
+        *itertools.product(["qwen3_moe", "mixtral", "gpt_oss"], ["lookahead", "default-vectors"]),
+        ("qwen3_moe", "estimator"),
+    ],
+)
 def test_speculation_executes_what_the_hosts_loop_executes(
     checkpoints: dict[str, Path], family: str, predictor: str, tmp_path: Path
 ) -> None:
@@ -157,7 +164,124 @@ def test_speculation_executes_what_the_hosts_loop_executes(
             assert found_text.token_ids == wanted_text.token_ids
             assert found_text.stats.speculated_fraction == wanted_text.stats.speculated_fraction
         check(device)
-        assert not device._device.runtime._guessed  # type: ignore[union-attr]
+        assert not device._device.policy._guessed  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_estimators_guess_what_they_guess_on_the_host(
+    checkpoints: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    host, device = open_pair(checkpoints[family], "100%", predictor="estimator", cache_dir=tmp_path)
+    guessed: list[tuple[int, ...]] = []
+    found: list[tuple[int, ...]] = []
+    with host, device:
+        assert host.runtime.predictor is not None
+        host.runtime._switch = None
+        host.runtime.predictor.predict = watch_predict(host.runtime.predictor, guessed)  # type: ignore[method-assign]
+        predictor = device._device.runtime._predictor  # type: ignore[union-attr]
+        assert predictor is not None
+        predictor.route_next = watch_route_next(predictor, found)  # type: ignore[method-assign]
+        for engine in (host, device):
+            for _ in logits_of(engine, list(range(3, 22)), engine.make_cache()):
+                pass
+        assert found == guessed
+        assert len(found) == NUM_DECODED * (host.spec.num_moe_layers - 1)
+
+
+def watch_predict(predictor: Any, guessed: list[tuple[int, ...]]) -> Any:
+    own = predictor.predict
+
+    def predict(event: RoutingEvent) -> Any:
+        guesses = own(event)
+        if len(event.top_k_index) == 1 and guesses:
+            guessed.append(tuple(guesses[0].routing.top_k_index[0].tolist()))
+        return guesses
+
+    return predict
+
+
+def watch_route_next(predictor: Any, found: list[tuple[int, ...]]) -> Any:
+    own = predictor.route_next
+
+    def route_next(event: RoutingEvent) -> Any:
+        output = own(event)
+        if output is not None:
+            found.append(tuple(output.top_k_index[0].tolist()))
+        return output
+
+    return route_next
+
+
+@pytest.mark.parametrize(
+    ("family", "confidence"), list(zip(FAMILIES, [0.0, 0.6, 0.3, 0.6, 0.0], strict=True))
+)
+def test_with_the_same_experts_in_memory_the_same_are_done_without(
+    checkpoints: dict[str, Path], family: str, confidence: float
+) -> None:
+    """The host is told step by step, layer by layer, that it has what the device has."""
+    how = {"policy": "speculate-when", "confidence": confidence}
+    host, device = open_pair(checkpoints[family], "30%", **how)
+    prompt = list(range(3, 22))
+    with host, device:
+        here = watch_slots(host, device)
+        steps = zip(
+            logits_of(device, prompt, device.make_cache()),
+            logits_of(host, prompt, host.make_cache()),
+            strict=True,
+        )
+        for number, (found, wanted) in enumerate(steps):
+            assert torch.equal(found, wanted), f"step {number}"
+            check(device)
+        assert not here, "the host has asked about every layer"
+        for name in ("num_executed", "num_speculated"):
+            device._count()
+            assert getattr(device.metrics, name) == getattr(host.metrics, name) > 0
+
+
+def watch_slots(host: Engine, device: Engine) -> list[set[int]]:
+    """Let the host believe that its memory holds what the device's slots held in the same visit.
+
+    Returns:
+        Per visit that the host has still to make, whom the slots held.
+    """
+    path = device._device
+    assert path is not None
+    here: list[set[int]] = []
+    decide = path.policy._choose_present
+    choose = host.runtime._choose_present
+
+    def note(policy: Any, layer: int, *given: Any) -> Any:
+        here.append({e for e, slot in enumerate(path._experts.tables.slot_of[layer]) if slot >= 0})
+        return decide(policy, layer, *given)
+
+    def follow(*given: Any) -> Any:
+        held = here.pop(0)
+        own = host.tiers.is_arriving, host.tiers.is_ready
+        host.tiers.is_arriving = host.tiers.is_ready = lambda key: key.expert in held  # type: ignore[method-assign]
+        try:
+            return choose(*given)
+        finally:
+            host.tiers.is_arriving, host.tiers.is_ready = own  # type: ignore[method-assign]
+
+    path.policy._choose_present = note  # type: ignore[method-assign]
+    host.runtime._choose_present = follow  # type: ignore[method-assign]
+    return here
+
+
+def test_with_everything_in_the_slots_nothing_is_done_without(
+    checkpoints: dict[str, Path],
+) -> None:
+    how = {"policy": "speculate-when", "confidence": 0.0}
+    _, device = open_pair(checkpoints["qwen3_moe"], "100%", **how)
+    exact, _ = open_pair(checkpoints["qwen3_moe"], "100%")
+    with device, exact:
+        for layer in range(device.spec.num_moe_layers):
+            for expert in range(device.spec.num_experts):
+                device._device._experts.prefetch(layer, torch.tensor([[expert]]))  # type: ignore[union-attr]
+        wanted = exact.generate(list(range(3, 15)), max_new_tokens=NUM_DECODED)
+        found = device.generate(list(range(3, 15)), max_new_tokens=NUM_DECODED)
+        assert found.token_ids == wanted.token_ids
+        assert found.stats.speculated_fraction == 0
 
 
 def test_long_prompts_in_chunks(checkpoints: dict[str, Path]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import zoo
 from fakes import NoisePredictor, assert_settled, make_engine
+from foreload.model.runtime import ExpertRuntime
 from foreload.model.sites import EarlyRouter
 from foreload.predict.calibration import calibration_path, read_default_vectors
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
@@ -371,10 +372,17 @@ class TestSpeculateWhen:
                 assert step.num_lookups > step.num_misses
 
     def test_substitutes_get_the_weight_their_router_would_give(
-        self, checkpoint: zoo.TinyCheckpoint
+        self, checkpoint: zoo.TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: dict[int, Tensor] = {}
         events: list[tuple[RoutingEvent, Tensor]] = []
+        see = ExpertRuntime.see_logits
+
+        def note(self: ExpertRuntime, layer: int, logits: Tensor) -> None:
+            seen[layer] = logits
+            see(self, layer, logits)
+
+        monkeypatch.setattr(ExpertRuntime, "see_logits", note)
         with make_engine(
             checkpoint.path,
             policy="speculate-when",
@@ -382,14 +390,9 @@ class TestSpeculateWhen:
             predictor="none",
             expert_memory="50%",
         ) as engine:
-            runtime, see = engine.runtime, engine.runtime.see_logits
-
-            def note(layer: int, logits: Tensor) -> None:
-                seen[layer] = logits
-                see(layer, logits)
-
-            runtime.see_logits = note  # type: ignore[method-assign]
-            runtime.on_routing = lambda event, wanted: events.append((event, seen[event.layer]))
+            engine.runtime.on_routing = lambda event, wanted: events.append(
+                (event, seen[event.layer])
+            )
             run_engine(engine, checkpoint)
         changed = [pair for pair in events if pair[0].executed is not None]
         num_new = 0

@@ -13,6 +13,7 @@ from foreload.errors import CapacityError, ConfigError, TransferError
 from foreload.memory.host_arena import HostArena
 from foreload.model import device_path
 from foreload.model.device_plan import device_layouts
+from foreload.ops import present
 from foreload.ops.device_layout import unpack_expert
 
 if TYPE_CHECKING:
@@ -61,8 +62,6 @@ def test_what_the_host_alone_can_do_is_refused_by_name(tiny_checkpoint: Path) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        {"policy": "speculate-when"},
-        {"predictor": "estimator"},
         {"eviction": "none"},
         {"device": "cuda"},
     ],
@@ -82,9 +81,35 @@ def test_bad_combinations_are_refused_before_anything_is_allocated(
         )
 
 
-def test_default_vectors_that_nobody_made_are_named(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="calibrat"):
-        open_device(tiny_checkpoint, predictor="default-vectors")
+@pytest.mark.parametrize(
+    ("predictor", "verb"), [("default-vectors", "calibrate"), ("estimator", "train-estimator")]
+)
+def test_what_a_predictor_needs_and_nobody_made_is_named(
+    tiny_checkpoint: Path, predictor: str, verb: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"predictor='{predictor}' needs") as caught:
+        open_device(tiny_checkpoint, predictor=predictor)
+    assert f"foreload {verb}" in str(caught.value.hint)
+
+
+def test_a_cuda_device_chooses_among_who_is_there_in_one_kernel() -> None:
+    triton_present = pytest.importorskip("foreload.ops.triton_present")
+    assert device_path._make_choice(torch.device("cuda:1")) is triton_present.choose_present
+    assert device_path._make_choice(torch.device("cpu")) is present.choose_present
+
+
+def test_without_a_predictor_speculate_when_still_knows_the_routers(tiny_checkpoint: Path) -> None:
+    how = {"predictor": "none", "policy": "speculate-when", "confidence": 0.0}
+    with open_device(tiny_checkpoint, expert_memory="50%", **how) as engine:
+        result = engine.generate([5, 6, 7], max_new_tokens=12)
+        fraction = result.stats.speculated_fraction
+        assert fraction is not None
+        assert 0 < fraction < 1
+        path = engine._device
+        assert path is not None
+        assert all(rule is not None for rule in path.policy._score_rules)
+        assert not path.policy._logits, "every layer has used its router's"
+    assert not any(site.router._forward_hooks for site in engine._loaded.sites)
 
 
 def test_host_memory_that_is_too_small_says_by_how_much(tiny_checkpoint: Path) -> None:

@@ -11,16 +11,23 @@ import torch
 
 from foreload.memory.expert_stream import ExpertStream
 from foreload.metrics import Metrics
+from foreload.model.device_policy import DevicePolicy
 from foreload.model.device_runtime import DeviceRuntime
 from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
 from foreload.ops.device_layout import StoredFormat, expert_layout, pack_expert
 from foreload.ops.reference import SumRule, accumulate, expert_forward, group_by_expert
+from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 from foreload.types import RouterOutput
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import RoutingEvent
+
+    Guess = Callable[[RoutingEvent], RouterOutput | None]
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 3, 8, 2, 16, 8
 CPU = torch.device("cpu")
@@ -36,10 +43,38 @@ MODULE: Any = SimpleNamespace(
 )
 
 
+class Guesser:
+    """Asks a function, and remembers what it was told of."""
+
+    name = "guesser"
+
+    def __init__(self, guess: Guess) -> None:
+        self.guess = guess
+        self.told: list[RoutingEvent] = []
+
+    def route_next(self, event: RoutingEvent) -> RouterOutput | None:
+        self.told.append(event)
+        return self.guess(event) if len(event.top_k_index) == 1 else None
+
+
+def one_further(event: RoutingEvent) -> RouterOutput | None:
+    """Guess that the next layer wants the neighbours, where there is one."""
+    assert event.residual is not None
+    if event.layer + 1 == LAYERS:
+        return None
+    index = (event.top_k_index + 1) % EXPERTS
+    return RouterOutput(index, torch.full((1, TOP_K), 0.5), None)
+
+
 class Setup:
     """A runtime over random experts, and what it should compute."""
 
-    def __init__(self, num_slots: int, name_experts: Any = None, route_next: Any = None) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        predictor: Guesser | None = None,
+        policy: ExecutionPolicy = Exact(),  # noqa: B008
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         shapes = {"gate_up_proj": (2 * INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
         layout = expert_layout(MODULE, shapes, StoredFormat.FLOAT32, dtype=torch.float32)
@@ -68,8 +103,8 @@ class Setup:
             block_bytes=layout.num_bytes,
             metrics=self.metrics,
             device=CPU,
-            name_experts=name_experts,
-            route_next=route_next,
+            policy=DevicePolicy(policy, CPU),
+            predictor=predictor,
         )
 
     def run(self, layer: int, index: Tensor, *, residual: bool = True) -> None:
@@ -114,12 +149,8 @@ def test_placeholders_stand_for_no_expert() -> None:
     setup.run(0, ids(*[(3, EXPERTS)] * 20))
 
 
-def test_named_experts_are_there_when_their_layer_comes() -> None:
-    def name_experts(event: RoutingEvent) -> Tensor:
-        assert event.residual is not None
-        return (event.top_k_index + 1) % EXPERTS
-
-    setup = Setup(4, name_experts)
+def test_guessed_experts_are_there_when_their_layer_comes() -> None:
+    setup = Setup(4, Guesser(one_further))
     setup.run(0, ids((0, 1)))
     assert set(setup.runtime._open) == {1}
     setup.run(1, ids((1, 2)))
@@ -135,15 +166,27 @@ def test_named_experts_are_there_when_their_layer_comes() -> None:
     assert not setup.runtime._open, "behind the last layer there is none"
 
 
-def test_only_single_tokens_are_named_for() -> None:
-    asked: list[RoutingEvent] = []
-    setup = Setup(EXPERTS, asked.append)
-    setup.run(0, ids((0, 1), (2, 3)))
+def test_the_likeliest_are_brought_where_there_is_no_room_for_all() -> None:
+    index, weights = torch.tensor([[4, 6, 5, 7]]), torch.tensor([[0.1, 0.3, 0.2, 0.4]])
+    for given, brought in ((weights, {6, 7}), (None, {4, 6})):
+        setup = Setup(2, Guesser(lambda event, w=given: RouterOutput(index, w, None)))
+        setup.run(0, ids((0, 1)))
+        assert {e for e in range(EXPERTS) if setup.is_in_slot(1, e)} == brought
+
+
+def test_predictors_are_told_of_everything_that_was_seen() -> None:
+    guesser = Guesser(lambda event: None)
+    setup = Setup(EXPERTS, guesser)
     setup.run(0, ids((0, 1)), residual=False)
-    assert not asked
-    setup.run(0, ids((0, 1)))
-    assert len(asked) == 1
-    assert not setup.metrics.num_prefetched, "nothing was named"
+    assert not guesser.told
+    forwards = [(0, 1), (0, 2), (LAYERS - 1, 1), (0, MAX_TOKENS + 1)]
+    for layer, num_tokens in forwards:
+        setup.run(layer, ids(*[(0, 1)] * num_tokens))
+    assert [(event.layer, len(event.top_k_index)) for event in guesser.told] == forwards
+    assert not setup.runtime._residuals
+    assert set(setup.runtime._open) == {1}, "for one token, and where there is a next layer"
+    setup.runtime.count()
+    assert not setup.metrics.num_prefetched, "nothing was guessed"
 
 
 class PaperDraft:
@@ -164,10 +207,10 @@ class PaperDraft:
 
 
 def test_a_draft_computes_and_brings_the_targets_experts() -> None:
-    asked: list[RoutingEvent] = []
-    setup = Setup(4, asked.append)
+    guesser = Guesser(one_further)
+    setup = Setup(4, guesser)
     setup.run(0, ids((0, 1), (2, 3)))
-    asked.clear()
+    guesser.told.clear()
     draft = PaperDraft(ids((4, 1), (5, -1)))
     hidden = torch.ones(1, HIDDEN)
     with setup.runtime.drafting(draft):
@@ -176,7 +219,7 @@ def test_a_draft_computes_and_brings_the_targets_experts() -> None:
             output = setup.runtime.run_layer(layer, MODULE, hidden, ids((4, 1)), torch.ones(1, 2))
             assert not output.any()
     assert draft.noted == draft.ran == [0, 1, 2]
-    assert not asked, "nothing is guessed while drafting"
+    assert not guesser.told, "nothing is guessed while drafting"
     assert not setup.runtime._residuals
     # What was wanted just now leaves for what was named, and what was named does not.
     assert [setup.is_in_slot(0, e) for e in range(6)] == [False, True, False, True, True, True]
@@ -189,13 +232,8 @@ def test_a_draft_computes_and_brings_the_targets_experts() -> None:
 
 
 def test_a_guess_is_executed_where_it_was_made_for() -> None:
-    def route_next(event: RoutingEvent) -> RouterOutput:
-        assert event.residual is not None
-        index = (event.top_k_index + 1) % EXPERTS
-        return RouterOutput(index, torch.full((1, TOP_K), 0.5), None)
-
     for prompt in (False, True):
-        setup = Setup(EXPERTS, route_next=route_next)
+        setup = Setup(EXPERTS, Guesser(one_further), Speculate())
         hidden = torch.ones(1, HIDDEN)
         with setup.runtime.prefilling() if prompt else nullcontext():
             for layer in range(LAYERS):
@@ -212,6 +250,35 @@ def test_a_guess_is_executed_where_it_was_made_for() -> None:
         setup.runtime.count()
         metrics = setup.metrics
         assert (metrics.num_executed, metrics.num_speculated) == (6, 0 if prompt else 2)
+
+
+@pytest.mark.parametrize("how", ["decoding", "a prompt", "two tokens"])
+def test_who_is_missing_is_done_without_in_decoding_only(how: str) -> None:
+    guesser = Guesser(lambda event: None)
+    setup = Setup(4, guesser, SpeculateWhen(0.5))
+    with setup.runtime.prefilling():
+        setup.run(0, ids((0, 1)))
+    true = ids((0, 5), (0, 5)) if how == "two tokens" else ids((0, 5))
+    hidden, weights = torch.ones(len(true), HIDDEN), torch.tensor([[0.75, 0.25]])
+    with setup.runtime.prefilling() if how == "a prompt" else nullcontext():
+        setup.runtime.see_residual(0, hidden)
+        weights = weights.expand(len(true), -1)
+        found = setup.runtime.run_layer(0, MODULE, hidden, true, weights)
+    is_exact = how != "decoding"
+    assert setup.is_in_slot(0, 5) is is_exact
+    executed = guesser.told[-1].executed
+    assert (executed is None) is is_exact
+    if executed is not None:
+        assert (executed.top_k_index.tolist(), executed.top_k_weights.tolist()) == (
+            [[0, EXPERTS]],
+            [[1.0, 0.0]],
+        )
+        assert torch.equal(found, expert_forward(MODULE, hidden, setup.weights[0][0]))
+    setup.runtime.count()
+    metrics = setup.metrics
+    assert metrics.num_executed == 2 + true.numel()
+    assert metrics.num_speculated == (0 if is_exact else 1)
+    setup.experts.tables.check()
 
 
 def test_a_long_input_leaves_the_last_tokens_experts_behind() -> None:

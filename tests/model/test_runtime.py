@@ -651,6 +651,16 @@ class TestSpeculateWhen:
         true = route([1, EXPERTS, 3, 7], [0.4, 0.3, 0.2, 0.1])
         assert bench.execute(1, true).top_k_index.tolist() == [[1, EXPERTS, 3]]
 
+    @pytest.mark.parametrize("heaviest", [1, EXPERTS])
+    def test_others_are_weighed_by_real_experts_only(self, bench: Bench, heaviest: int) -> None:
+        bench.runtime.score_rules = [SOFTMAX] * LAYERS
+        bench.runtime.see_logits(1, torch.zeros(1, EXPERTS))
+        executed = bench.execute(1, route([heaviest, EXPERTS, 7], [0.3, 0.4, 0.3]))
+        wanted = ([1, EXPERTS, 0], [0.3, 0.4, 0.3])
+        if heaviest == EXPERTS:
+            wanted = ([EXPERTS, EXPERTS], [3 / 7, 4 / 7])
+        assert same(executed, route(*wanted))
+
     def test_a_single_token_of_a_prompt_is_exact(self, bench: Bench) -> None:
         with bench.runtime.prefilling():
             assert same(bench.execute(1, FOUR), FOUR)

@@ -23,10 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from foreload.ops import triton_kernels as kernels
+from foreload.ops import triton_kernels, triton_present
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import StoredFormat, expert_layout
 from foreload.ops.reference import SumRule
+from foreload.ops.scores import LayerScores, ScoreRule
 from foreload.ops.triton import TritonKernels
 from foreload.types import Routing
 from plain_experts import KINDS, PlainExperts, shapes_of
@@ -128,6 +129,16 @@ def run(
         hidden = torch.zeros(num_tokens, sizes[0], dtype=dtype)
         device.run(0, experts, hidden, Routing(index, weights))
         device.prefetch(0, index)
+    true = Routing(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=dtype))
+    for rule in (None, LayerScores(ScoreRule.SOFTMAX, is_normalised=True)):
+        triton_present.choose_present(
+            true,
+            device.tables.slot_of[0],
+            torch.zeros(2, dtype=torch.int64),
+            most_lost=0.1,
+            rule=rule,
+            logits=torch.zeros(1, experts.num_experts),
+        )
 
 
 def main() -> None:
@@ -136,10 +147,13 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=[stored.value for stored in StoredFormat])
     parser.add_argument("--sizes", nargs=2, type=int, default=[2048, 768])
     arguments = parser.parse_args()
-    names = [name for name in kernels.__all__ if name.islower()]
-    recorders = {name: Recorder(getattr(kernels, name), arguments.capability) for name in names}
-    for name, recorder in recorders.items():
-        setattr(kernels, name, recorder)
+    recorders = {}
+    for module in (triton_kernels, triton_present):
+        for name in module.__all__:
+            kernel = getattr(module, name)
+            if isinstance(kernel, triton.runtime.JITFunction):
+                recorders[name] = Recorder(kernel, arguments.capability)
+                setattr(module, name, recorders[name])
     for stored, kind in itertools.product(StoredFormat, ("gated", "ungated", "gpt-oss")):
         if stored.value not in arguments.formats:
             continue

@@ -39,10 +39,16 @@ def test_what_is_not_known_is_not_guessed(function: object) -> None:
 
 
 def test_a_module_that_cannot_be_tried_is_left_alone() -> None:
-    def broken(values: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("on another device")
+    elsewhere, narrow = torch.ones(1, device="meta"), torch.ones(7)
+    for own in (elsewhere, narrow):
+        assert (
+            find_gating(PlainExperts(act_fn=lambda values, own=own: F.silu(values) * own)) is None
+        )
 
-    assert find_gating(PlainExperts(act_fn=broken)) is None
+
+def test_a_module_that_is_broken_is_not_taken_for_one_that_is_unknown() -> None:
+    with pytest.raises(TypeError, match="NoneType"):
+        find_gating(PlainExperts(act_fn=None))
 
 
 @pytest.mark.parametrize("family", zoo.SEVEN_FAMILIES)

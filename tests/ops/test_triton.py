@@ -359,6 +359,7 @@ def test_every_kernel_compiles_for_a_gpu_without_spilling_and_moves_16_bytes_at_
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"] for line in lines} == {
         "assign_slots",
+        "choose_among_present",
         "copy_blocks",
         "expert_products",
         "sum_experts",

@@ -189,10 +189,47 @@ class TestEstimator:
         assert pure.choices[1:] == ("estimator",) * 3
         assert pure.predict(event(0))[0].confidence != lookahead.predict(event(0))[0].confidence
 
+    def test_guesses_that_stay_on_the_device_are_the_same(self) -> None:
+        host, device = make_estimator()[0], make_estimator()[0]
+        memories = {layer: kept.data_ptr() for layer, kept in device._previous.items()}
+        for step, num_tokens in enumerate((5, 1, 1, 3, 1)):
+            for layer in range(LAYERS):
+                seen = event(layer, step, num_tokens)
+                guesses = host.predict(seen)
+                found = device.route_next(seen._replace(step=0))
+                if num_tokens > 1 or layer == LAYERS - 1:
+                    assert found is None
+                    continue
+                assert found is not None
+                wanted = guesses[0].routing
+                assert wanted is not None
+                assert torch.equal(found.top_k_index, wanted.top_k_index)
+                assert torch.equal(found.top_k_weights, wanted.top_k_weights)
+        assert {layer: kept.data_ptr() for layer, kept in device._previous.items()} == memories
+
+    def test_memories_of_inference_mode_are_written_outside_it(self) -> None:
+        made = make_estimator()[0]
+        with torch.inference_mode():
+            pure = made.make_pure()
+            pure.route_next(event(1))
+        assert pure.route_next(event(1)) is not None
+
+    def test_each_layer_has_its_choice_on_the_device_too(self) -> None:
+        made, _, defaults, lookahead = make_estimator(
+            ("default-vectors", "lookahead", "default-vectors", "estimator")
+        )
+        for layer, wanted in ((0, lookahead), (1, defaults)):
+            found, other = made.route_next(event(layer)), wanted.route_next(event(layer))
+            assert torch.equal(found.logits, other.logits)
+        assert not torch.equal(
+            made.route_next(event(2)).logits, defaults.route_next(event(2)).logits
+        )
+
     def test_there_is_nothing_to_say_without_a_residual_or_after_the_last_layer(self) -> None:
         made = make_estimator()[0]
         assert made.predict(event(1, is_seen=False)) == []
         assert made.predict(event(LAYERS - 1)) == []
+        assert made.route_next(event(1, is_seen=False)) is None
 
 
 SHAPE = (LAYERS, EXPERTS, HIDDEN)

@@ -112,6 +112,13 @@ class TestDefaultVectors:
         wanted = [0.5 * vectors[2] + 2 * vectors[0], 1.25 * vectors[1]]
         assert torch.equal(estimate, torch.stack(wanted))
 
+    def test_placeholders_bring_nothing(self) -> None:
+        vectors = torch.arange(12.0).view(3, 4)
+        estimate = default_vector_estimate(
+            torch.tensor([[2, 3, 7]]), torch.tensor([[0.5, 2.0, 1.0]]), vectors
+        )
+        assert torch.equal(estimate, 0.5 * vectors[2:])
+
     def test_the_coming_layer_is_asked_with_the_estimate_added(self) -> None:
         routers = [Router(0), Router(1)]
         vectors = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(5))
@@ -161,19 +168,23 @@ def test_the_names_are_those_of_the_settings() -> None:
     assert (Lookahead.name, DefaultVectors.name) == ("lookahead", "default-vectors")
 
 
-class TestNaming:
+class TestRoutingNext:
     def test_it_is_what_the_next_router_answers(self) -> None:
         routers = [Router(seed) for seed in range(3)]
         vectors = [torch.randn(EXPERTS, HIDDEN) for _ in routers]
-        for num_tokens in (1, 4):
-            seen = event(1, num_tokens)
-            for predictor in (Lookahead(routers), DefaultVectors(routers, vectors)):
-                named = predictor.name_experts(seen)
-                assert named is not None
-                assert torch.equal(named, routers[2](predictor.estimate(seen)).top_k_index)
+        seen = event(1)
+        for predictor in (Lookahead(routers), DefaultVectors(routers, vectors)):
+            found = predictor.route_next(seen)
+            assert found is not None
+            wanted = routers[2](predictor.estimate(seen))
+            assert torch.equal(found.top_k_index, wanted.top_k_index)
+            assert torch.equal(found.top_k_weights, wanted.top_k_weights)
 
     def test_nothing_is_said_where_nothing_can_be(self) -> None:
-        lookahead = Lookahead([Router(0), Router(1), lambda residual: None])
-        assert lookahead.name_experts(event(0, is_seen=False)) is None
-        assert lookahead.name_experts(event(1)) is None
-        assert lookahead.name_experts(event(2)) is None
+        router = Router(1)
+        lookahead = Lookahead([Router(0), router, lambda residual: None])
+        assert lookahead.route_next(event(0, is_seen=False)) is None
+        assert lookahead.route_next(event(1)) is None
+        assert lookahead.route_next(event(2)) is None
+        assert lookahead.route_next(event(0, num_tokens=4)) is None
+        assert router.asked == [], "of several tokens nobody asks"

@@ -23,6 +23,7 @@ from foreload.model.device_plan import (
     draft_layouts,
     most_step_tokens,
 )
+from foreload.model.device_policy import DevicePolicy
 from foreload.model.device_runtime import DeviceRuntime
 from foreload.model.device_self_draft import DeviceSelfDraft
 from foreload.model.graph import StepGraphs
@@ -31,6 +32,7 @@ from foreload.model.sites import silenced_experts
 from foreload.model.slot_division import divide_slots
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import pack_expert
+from foreload.ops.present import choose_present
 from foreload.schedule.governor import Governor
 
 if TYPE_CHECKING:
@@ -39,12 +41,14 @@ if TYPE_CHECKING:
     import torch
 
     from foreload.metrics import Metrics
-    from foreload.model.device_runtime import NameExperts, RouteNext
+    from foreload.model.device_policy import ChoosePresent
     from foreload.model.graph import ForwardAll, StepGraph
     from foreload.model.hf import LoadedModel
     from foreload.model.slot_division import SlotPlan
     from foreload.ops.device_experts import ExpertKernels
     from foreload.ops.reference import SumRule
+    from foreload.schedule.policy import ExecutionPolicy
+    from foreload.types import TensorPredictor
 
 __all__ = ["DevicePath"]
 
@@ -64,8 +68,8 @@ class DevicePath:
         sum_rules: Per MoE layer, the element type its experts are summed in.
         forward: From token ids (1, T) and a KV cache to logits (T, V).
         metrics: Where steps and lookups are counted.
-        name_experts: Names the next layer's likely experts without a host sync, or None.
-        route_next: Guesses the next layer's routing, to be executed; None follows the true router.
+        policy: Who decides what is executed.
+        predictor: Guesses the next layer's routing, or None.
         num_workers: Experts read from the checkpoint at once.
         limit_bytes: What the host tier may take.
         progress: Called with (done, total) bytes while the host tier is filled.
@@ -74,7 +78,8 @@ class DevicePath:
         draft_progress: Called with (done, total) bytes while experts are quantised.
 
     Attributes:
-        runtime: What happens at each MoE layer.
+        policy: What is executed at each MoE layer.
+        runtime: What happens there.
         slots: Slots of each MoE layer.
         drafter: Makes the rounds of speculative decoding; None without a draft.
 
@@ -93,8 +98,8 @@ class DevicePath:
         sum_rules: Sequence[SumRule],
         forward: ForwardAll,
         metrics: Metrics,
-        name_experts: NameExperts | None = None,
-        route_next: RouteNext | None = None,
+        policy: ExecutionPolicy,
+        predictor: TensorPredictor | None = None,
         num_workers: int = 2,
         limit_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -139,6 +144,8 @@ class DevicePath:
                 max_prefetches=spec.top_k,
             )
             self.slots, self._num_slots = tuple(slots), sum(slots)
+            rules = [site.scores for site in loaded.sites]
+            self.policy = DevicePolicy(policy, device, rules, choose=_make_choice(device))
             self.runtime = DeviceRuntime(
                 self._experts,
                 ExpertStream(self._host.blocks, device),
@@ -147,8 +154,8 @@ class DevicePath:
                 block_bytes=size,
                 metrics=metrics,
                 device=device,
-                name_experts=name_experts,
-                route_next=route_next,
+                policy=self.policy,
+                predictor=predictor,
             )
             if not is_static:
                 logger.warning(
@@ -293,3 +300,12 @@ def _make_kernels(device: torch.device) -> ExpertKernels | None:
     from foreload.ops.triton import TritonKernels
 
     return TritonKernels()
+
+
+def _make_choice(device: torch.device) -> ChoosePresent:
+    """Give what chooses among experts that are in slots; the kernel needs what kernels need."""
+    if device.type != "cuda":
+        return choose_present
+    from foreload.ops import triton_present
+
+    return triton_present.choose_present

@@ -2,8 +2,8 @@
 
 Called by the model's forward through the experts interface, as `model.runtime` is on the host. A
 single token's step asks the host for nothing, so that it can be captured whole; long inputs, which
-want every expert anyway, stream them past the slots. The true router is executed, or, where that
-was asked for, what was guessed for a single token one layer earlier.
+want every expert anyway, stream them past the slots. What is executed for a single token is
+`model.device_policy`'s to say.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ if TYPE_CHECKING:
 
     from foreload.memory.expert_stream import ExpertStream
     from foreload.metrics import Metrics
+    from foreload.model.device_policy import DevicePolicy
     from foreload.ops.device_experts import DeviceExperts
     from foreload.ops.device_layout import ExpertLayout
     from foreload.ops.reference import SumRule
-    from foreload.types import RouterOutput
+    from foreload.types import RouterOutput, TensorPredictor
 
-    NameExperts = Callable[[RoutingEvent], Tensor | None]
-    RouteNext = Callable[[RoutingEvent], RouterOutput | None]
     SeeRouting = Callable[[RoutingEvent, list[int]], None]
 
 __all__ = ["DeviceRuntime", "DraftLayers"]
@@ -80,9 +79,8 @@ class DeviceRuntime:
         block_bytes: Bytes that travel per expert.
         metrics: Where steps and lookups are counted, once they are asked for.
         device: Where the model is.
-        name_experts: Names the next layer's likely experts without a host sync, or None.
-        route_next: Guesses the next layer's routing, for the policy `schedule.policy.Speculate`: in
-            place of `name_experts`, and to be executed. None follows the true router.
+        policy: Says what is executed.
+        predictor: Guesses the next layer's routing, or None.
 
     Attributes:
         lock: Held at every layer: forwards of several threads take turns.
@@ -98,8 +96,8 @@ class DeviceRuntime:
         block_bytes: int,
         metrics: Metrics,
         device: torch.device,
-        name_experts: NameExperts | None = None,
-        route_next: RouteNext | None = None,
+        policy: DevicePolicy,
+        predictor: TensorPredictor | None = None,
     ) -> None:
         self.lock = threading.RLock()
         self._experts = experts
@@ -108,8 +106,8 @@ class DeviceRuntime:
         self._sum_rules = sum_rules
         self._block_bytes = block_bytes
         self._metrics = metrics
-        self._name_experts = name_experts
-        self._route_next = route_next
+        self._policy = policy
+        self._predictor = predictor
         self._side = SideStream(device)
         self._residuals: dict[tuple[int, int], Tensor] = {}
         self._open: dict[int, _Prefetch] = {}
@@ -117,16 +115,12 @@ class DeviceRuntime:
         self._drafting: dict[int, DraftLayers] = {}
         self._prefilling: set[int] = set()
         self._seeing: dict[int, SeeRouting] = {}
-        self._guessed: dict[int, tuple[int, Routing]] = {}
-        # Pairs of token and expert that were executed, and those that no router chose.
-        self._pairs = torch.zeros(2, dtype=torch.int64, device=device)
         self._counted = _Counts()
 
     def see_residual(self, layer: int, residual: Tensor) -> None:
         """Keep the residual stream (T, H) that enters a layer's MoE block, for its prediction."""
         thread = threading.get_ident()
-        is_wanted = self._name_experts is not None or self._route_next is not None
-        if is_wanted and residual.shape[0] == 1 and thread not in self._drafting:
+        if self._predictor is not None and thread not in self._drafting:
             self._residuals[thread, layer] = residual
 
     @contextmanager
@@ -198,24 +192,27 @@ class DeviceRuntime:
             if draft is not None:
                 self._prefetch_noted(layer, draft.note(layer, top_k_index))
                 return draft.run(layer, experts, hidden_states, routing)
-            residual = self._residuals.pop((threading.get_ident(), layer), None)
             self._join(layer)
-            executed = self._decide(layer, routing)
+            slot_of = self._experts.tables.slot_of[layer, : experts.num_experts]
+            is_prefill = threading.get_ident() in self._prefilling
+            executed = self._policy.decide(layer, routing, slot_of, is_prefill=is_prefill)
             see = self._seeing.get(threading.get_ident())
             if see is not None:
                 see(RoutingEvent(0, layer, None, *executed), [])
+            residual = self._residuals.pop((threading.get_ident(), layer), None)
+            if self._predictor is not None and residual is not None:
+                other = None if executed is routing else executed
+                event = RoutingEvent(0, layer, residual, *routing, other)
+                self._prefetch_next(self._predictor, event)
             if not self._is_step(layer, *top_k_index.shape):
                 return self._run_long(layer, experts, hidden_states, routing)
-            if residual is not None:
-                other = None if executed is routing else executed
-                self._prefetch_next(RoutingEvent(0, layer, residual, *routing, other))
             return self._experts.run(layer, experts, hidden_states, executed)
 
     def abandon(self) -> None:
         """Forget prefetches of a forward that was broken off: nobody waits for them any more."""
         self._open.clear()
         self._residuals.clear()
-        self._guessed.clear()
+        self._policy.forget()
 
     def divide(self, slots: Sequence[int]) -> None:
         """Divide the slots anew over the layers, empty; waits for the device.
@@ -226,13 +223,13 @@ class DeviceRuntime:
             slots: Slots of each layer, no more in all than there are.
         """
         with self.lock:
-            wait_idle(self._pairs.device)
+            wait_idle(self._policy.pairs.device)
             self.abandon()
             # Guesses that nobody has wanted so far leave unused.
             self._experts.tables.is_fresh.zero_()
             self.count()
             self._experts.divide(slots)
-            self._pairs.zero_()
+            self._policy.pairs.zero_()
             self._counted = _Counts()
 
     def count(self) -> None:
@@ -241,7 +238,7 @@ class DeviceRuntime:
             tables = self._experts.tables
             # One copy: with a draft this is asked for in every round.
             counted = tables.counters.sum(0)
-            values = (counted, tables.is_fresh.sum()[None], tables.clock[:1], self._pairs)
+            values = (counted, tables.is_fresh.sum()[None], tables.clock[:1], self._policy.pairs)
             hits, misses, prefetched, used, unseen, steps, *pairs = torch.cat(values).tolist()
             now = _Counts(steps, hits, misses, prefetched, used, prefetched - used - unseen, *pairs)
             new = _Counts(*(a - b for a, b in zip(now, self._counted, strict=True)))
@@ -264,47 +261,19 @@ class DeviceRuntime:
         most = min(num_tokens * top_k, tables.num_experts)
         return num_tokens <= MAX_TOKENS and most <= tables.num_slots[layer]
 
-    def _may_speculate(self, num_tokens: int) -> bool:
-        """Tell whether this thread's forward executes guesses."""
-        is_prefill = threading.get_ident() in self._prefilling
-        return self._route_next is not None and num_tokens == 1 and not is_prefill
-
-    def _decide(self, layer: int, true: Routing) -> Routing:
-        """Give the routing to execute; `true` itself where the true router decides."""
-        if self._route_next is None:
-            return true
-        guess = self._guessed.pop(threading.get_ident(), None)
-        self._pairs[0] += true.top_k_index.numel()
-        if guess is None or guess[0] != layer or not self._may_speculate(len(true.top_k_index)):
-            return true
-        index, weights = guess[1]
-        same = true.top_k_index[:, :, None] == index[:, None, :]
-        self._pairs[1] += (~same.any(-1)).sum()
-        return Routing(index, weights.to(true.top_k_weights.dtype))
-
-    def _prefetch_next(self, event: RoutingEvent) -> None:
+    def _prefetch_next(self, predictor: TensorPredictor, event: RoutingEvent) -> None:
         """Bring, beside this layer's computation, what the next one will probably want."""
         layer = event.layer + 1
-        if layer >= len(self._layouts):
+        if layer >= len(self._layouts) or len(event.top_k_index) != 1:
+            predictor.route_next(event)
             return
         self._join(layer)
         with self._side.forked():
-            named = self._name(event)
-            if named is not None:
-                self._experts.prefetch(layer, named)
+            guess = predictor.route_next(event)
+            if guess is not None:
+                self._policy.see_guess(layer, guess)
+                self._experts.prefetch(layer, _likeliest_first(guess))
         self._open[layer] = _Prefetch(self._side.mark(), event)
-
-    def _name(self, event: RoutingEvent) -> Tensor | None:
-        """Name the next layer's likely experts (1, K), and settle what it will execute."""
-        if self._route_next is None:
-            return None if self._name_experts is None else self._name_experts(event)
-        output = self._route_next(event)
-        if output is None:
-            return None
-        if output.top_k_weights is not None and self._may_speculate(len(event.top_k_index)):
-            guess = Routing(output.top_k_index, output.top_k_weights)
-            self._guessed[threading.get_ident()] = (event.layer + 1, guess)
-        return output.top_k_index
 
     def _prefetch_noted(self, layer: int, named: Tensor) -> None:
         """Bring, beside the draft, experts that the verification of its tokens will want."""
@@ -336,3 +305,11 @@ class DeviceRuntime:
         # What comes next resembles the last token more than nothing at all.
         self._experts.prefetch(layer, index[-1:])
         return accumulate(hidden_states, weights.dtype, groups, outputs, self._sum_rules[layer])
+
+
+def _likeliest_first(guess: RouterOutput) -> Tensor:
+    """Give the experts of an early answer (1, K); not every router sorts its choice."""
+    if guess.top_k_weights is None:
+        return guess.top_k_index
+    order = guess.top_k_weights.argsort(-1, descending=True)
+    return guess.top_k_index.gather(-1, order)

@@ -288,13 +288,15 @@ class ExpertRuntime:
         rule = self.score_rules[layer] if self.score_rules else None
         if rule is not None and logits is not None and logits.shape == (1, num_experts):
             scores = rule.scores(logits[0])
+            # In the router's own unit: the weight its heaviest kept expert got.
+            real = [pair for pair in kept if pair[0] < num_experts]
+            heaviest, weight = max(real, key=lambda pair: pair[1], default=(0, 0.0))
+            unit = weight / max(scores[heaviest], sys.float_info.min)
             others = policy.substitute(
                 experts, len(dropped), scores, lambda e: tiers.is_ready(ExpertKey(layer, e))
             )
-            # In the router's own unit: the weight its heaviest kept expert got.
-            heaviest, weight = max(kept, key=lambda pair: pair[1])
-            unit = weight / max(scores[heaviest], sys.float_info.min)
-            kept += [(expert, scores[expert] * unit) for expert in others]
+            if unit > 0:
+                kept += [(expert, scores[expert] * unit) for expert in others]
         if rule is None or rule.is_normalised:
             share = sum(weights) / sum(weight for _, weight in kept)
             kept = [(expert, weight * share) for expert, weight in kept]

@@ -92,7 +92,8 @@ def find_gating(experts: Any) -> Gating | None:
         experts: transformers' experts module; its numbers are tried as limits and steepness.
 
     Returns:
-        What it is, or None where no curve answers like it.
+        What it is, or None where no curve answers like it, or it cannot be tried on numbers of any
+        width on the CPU: such a module is computed by itself.
 
     Cost:
         At most some thousand evaluations of a few hundred numbers, once.
@@ -118,8 +119,8 @@ def find_gating(experts: Any) -> Gating | None:
         for is_interleaved, products in arranged.items():
             try:
                 wanted = function(products.clone())
-            except Exception:
-                # A module that cannot be tried on the CPU is computed by itself.
+            except (RuntimeError, ValueError):
+                # What torch says of a gate with parameters elsewhere, or of its own width only.
                 return None
             for gating in _candidates(experts.has_gate, is_interleaved, numbers):
                 found = gating(products)

@@ -58,6 +58,8 @@ class _Base(Protocol):
 
     def predict(self, event: RoutingEvent, *, nearest: int = 1) -> list[Prediction]: ...
 
+    def route_next(self, event: RoutingEvent) -> RouterOutput | None: ...
+
     def estimate(self, event: RoutingEvent) -> Tensor: ...
 
 
@@ -127,6 +129,12 @@ class CorrectedRouter:
         self.rule = rule
         device = network.outer.weight.device
         self._directions = _directions(router, rule, (num_experts, hidden_size), dtype, device)
+
+    def make_memory(self) -> Tensor:
+        """Make room for one token's true input, (1, H) float32; zero as before the first token."""
+        # Of inference mode its contents could not be replaced outside it.
+        with torch.inference_mode(False):
+            return torch.zeros_like(self._directions[:1])
 
     def ask(self, hidden: Tensor, previous: Tensor) -> RouterOutput:
         """Give the router's answer; differentiable in the logits.
@@ -308,7 +316,13 @@ class Estimator:
         self._lookahead = lookahead
         self._default_vectors = default_vectors
         self._num_extra = num_extra
-        self._previous: dict[int, tuple[int, Tensor]] = {}
+        # Where they stay: captured steps read and write them.
+        self._previous = {
+            layer: router.make_memory()
+            for layer, router in enumerate(routers)
+            if router is not None
+        }
+        self._steps: dict[int, int] = {}
 
     def make_pure(self) -> Estimator:
         """Copy with the networks speaking for every layer that has one, whatever was best."""
@@ -328,28 +342,56 @@ class Estimator:
         """Guess the next layers' routing."""
         if event.residual is None:
             return []
-        self._remember(event.layer, event.step, event.residual)
         layer = event.layer + 1
-        choice = self.choices[layer] if layer < len(self.choices) else CHOICES[1]
-        router = self._routers[layer] if choice == "estimator" else None
+        # What was kept is the token before's unless nobody asked in the step before.
+        is_before = self._steps.get(layer) == event.step - 1
+        self._remember(event.layer, event.residual)
+        self._steps[event.layer] = event.step
+        router = self._router(layer)
         if router is None or event.top_k_index.shape[0] != 1:
-            is_plain = choice == "lookahead"
-            return (self._lookahead if is_plain else self._default_vectors).predict(event)
-        with torch.no_grad():
-            stream = self._default_vectors.estimate(event)
-            hidden = router.router.quasi_hidden(stream).reshape(1, -1)
-            output = router.ask(hidden, self._recall(layer, event.step, hidden))
+            return self._plain(layer).predict(event)
+        previous = self._previous[layer]
+        output = self._ask(router, event, previous if is_before else torch.zeros_like(previous))
         guess = make_prediction(output, layer, 1, self._num_extra)
         return [guess, *self._default_vectors.predict(event, nearest=2)]
 
-    def _remember(self, layer: int, step: int, residual: Tensor) -> None:
+    def route_next(self, event: RoutingEvent) -> RouterOutput | None:
+        """Give the next layer's router's early answer, without waiting for the device.
+
+        None where nothing can be said, as of several tokens. To be asked at every layer of every
+        step: the last token there is the one before the next step's.
+        """
+        if event.residual is None:
+            return None
+        layer = event.layer + 1
+        self._remember(event.layer, event.residual)
+        router = self._router(layer)
+        if router is None:
+            return self._plain(layer).route_next(event)
+        if event.top_k_index.shape[0] != 1:
+            return None
+        return self._ask(router, event, self._previous[layer])
+
+    def _router(self, layer: int) -> CorrectedRouter | None:
+        """Give the router with the network that guesses about a layer; None where another does."""
+        is_chosen = layer < len(self.choices) and self.choices[layer] == "estimator"
+        return self._routers[layer] if is_chosen else None
+
+    def _plain(self, layer: int) -> _Base:
+        """Give who guesses about a layer without a network."""
+        is_lookahead = layer < len(self.choices) and self.choices[layer] == "lookahead"
+        return self._lookahead if is_lookahead else self._default_vectors
+
+    def _ask(self, router: CorrectedRouter, event: RoutingEvent, previous: Tensor) -> RouterOutput:
+        with torch.no_grad():
+            stream = self._default_vectors.estimate(event)
+            hidden = router.router.quasi_hidden(stream).reshape(1, -1)
+            return router.ask(hidden, previous)
+
+    def _remember(self, layer: int, residual: Tensor) -> None:
         """Keep the last token's true router input for the next token."""
-        if self.choices[layer] == "estimator" and (router := self._routers[layer]) is not None:
+        router = self._router(layer)
+        if router is not None:
             last = residual.reshape(-1, residual.shape[-1])[-1:]
             with torch.no_grad():
-                self._previous[layer] = (step, router.router.quasi_hidden(last))
-
-    def _recall(self, layer: int, step: int, hidden: Tensor) -> Tensor:
-        """Give the layer's router input at the step before, or zeros."""
-        kept = self._previous.get(layer)
-        return kept[1] if kept and kept[0] == step - 1 else torch.zeros_like(hidden)
+                self._previous[layer].copy_(router.router.quasi_hidden(last))

@@ -68,21 +68,14 @@ class Lookahead:
                 predictions.append(make_prediction(output, layer, distance, self._num_extra))
         return predictions
 
-    def name_experts(self, event: RoutingEvent) -> Tensor | None:
-        """Name the next layer's likely experts, (T, K) int64, without waiting for the device.
-
-        None where nothing can be said. Each row is in its router's own order.
-        """
-        output = self.route_next(event)
-        return None if output is None else output.top_k_index
-
     def route_next(self, event: RoutingEvent) -> RouterOutput | None:
         """Give the next layer's router's early answer, without waiting for the device.
 
-        None where nothing can be said.
+        None where nothing can be said, as of several tokens. Each row is in the router's own order.
         """
         layer = event.layer + 1
-        if event.residual is None or layer >= len(self._routers):
+        is_single = event.top_k_index.shape[0] == 1
+        if event.residual is None or not is_single or layer >= len(self._routers):
             return None
         return self._routers[layer](self.estimate(event))
 
@@ -133,7 +126,7 @@ def default_vector_estimate(
     """Stand in for a layer's MoE output: the weighted default vectors of its experts.
 
     Args:
-        top_k_index: (T, K) int64.
+        top_k_index: (T, K) int64; E and above stand for no expert.
         top_k_weights: (T, K).
         default_vectors: (E, H).
 
@@ -143,6 +136,7 @@ def default_vector_estimate(
     Reference:
         arXiv:2603.19289, d_l = sum over e of w_{l,e} d_{l,e}.
     """
-    chosen = default_vectors[top_k_index]  # (T, K, H)
-    weights = top_k_weights.to(default_vectors.dtype)
+    last = len(default_vectors) - 1
+    chosen = default_vectors[top_k_index.clamp(max=last)]  # (T, K, H)
+    weights = top_k_weights.to(default_vectors.dtype).masked_fill(top_k_index > last, 0)
     return torch.einsum("tk,tkh->th", weights, chosen)

@@ -65,6 +65,11 @@ class SpeculateWhen:
 
     confidence: float = 0.9
 
+    @property
+    def most_lost(self) -> float:
+        """Give the share of the routing weight that may be dropped."""
+        return min(1 - self.confidence, 1 - _LEAST_KEPT)
+
     def applies(self, num_tokens: int, *, is_prefill: bool = False) -> bool:
         """Tell whether a forward of so many tokens may do without experts."""
         return num_tokens == 1 and not is_prefill and self.confidence < 1
@@ -79,7 +84,7 @@ class SpeculateWhen:
             weights: Their routing weights.
             is_here: Whether an expert is in memory or arriving.
         """
-        allowed = min(1 - self.confidence, 1 - _LEAST_KEPT) * math.fsum(weights)
+        allowed = self.most_lost * math.fsum(weights)
         if allowed <= 0:
             return []
         carried: dict[int, float] = {}  # some routers name an expert twice
