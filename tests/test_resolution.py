@@ -142,11 +142,11 @@ class TestDevice:
         assert (resolved.device, resolved.orchestration) == ("cpu", "device")
         assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
 
-    def test_one_tokens_needs_are_the_least(self, loaded: LoadedModel) -> None:
-        least = loaded.spec.top_k * self.layer_slot(loaded)
+    def test_one_expert_per_layer_is_the_least(self, loaded: LoadedModel) -> None:
+        least = self.layer_slot(loaded)
         asked = {"device": "cpu", "orchestration": "device"}
         assert resolve(config(**asked, expert_memory=least), loaded).expert_memory == least
-        with pytest.raises(CapacityError, match="one token's needs") as caught:
+        with pytest.raises(CapacityError, match="one expert in each of 4 layers") as caught:
             resolve(config(**asked, expert_memory=least - 1), loaded)
         assert caught.value.needed_bytes == least
 
@@ -165,7 +165,7 @@ class TestDevice:
         # No more is taken than draft and experts need.
         most = resolve(config(**asked, expert_memory="500%"), loaded)
         assert most.expert_memory == drafted + 16 * slot
-        least = drafted + 2 * loaded.spec.top_k * slot
+        least = drafted + slot
         assert resolve(config(**asked, expert_memory=least), loaded).expert_memory == least
         with pytest.raises(CapacityError, match=f"beside the {kind} draft") as caught:
             resolve(config(**asked, expert_memory=least - 1), loaded)
@@ -188,7 +188,7 @@ class TestDevice:
         memory = SimpleNamespace(available=whole + (1 << 30) + 4096)
         monkeypatch.setattr(resolution.psutil, "virtual_memory", lambda: memory)
         asked = config(device="cpu", orchestration="device", expert_memory="auto")
-        with pytest.raises(CapacityError, match="one token's needs"):
+        with pytest.raises(CapacityError, match="one expert in each"):
             resolve(asked, loaded)
         memory.available = whole
         with pytest.raises(CapacityError, match="do not all fit") as caught:
@@ -223,7 +223,7 @@ class TestDevice:
         "setting",
         [
             {"policy": "speculate-when"},
-            {"draft": "int4", "expert_memory": "60%"},
+            {"draft": "int4", "expert_memory": "25%"},
             {"orchestration": "host"},
             {"device": "cpu"},
             {"host_memory": 4095},

@@ -269,18 +269,12 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         room = available - whole
         spare = room - _MARGIN_BYTES
     budget = _device_budget(config, whole, room, spare, draft_bytes=drafted)
-    # A verification runs over two tokens at least.
-    num_tokens = 1 if draft == "none" else 2
-    least = min(num_tokens * spec.top_k, spec.num_experts) * layer_slot + drafted
+    # What has no slot is read from host memory each time, so one slot per layer will do.
+    least = layer_slot + drafted
     if budget < least:
-        needs = (
-            "one token's needs"
-            if draft == "none"
-            else f"two tokens' needs beside the {draft} draft"
-        )
+        more = "" if draft == "none" else f" beside the {draft} draft"
         raise CapacityError(
-            f"expert_memory is below {needs} ({spec.top_k} experts each in {spec.num_moe_layers} "
-            "layers)",
+            f"expert_memory is below one expert in each of {spec.num_moe_layers} layers{more}",
             needed_bytes=least,
             available_bytes=max(budget, 0),
             setting="expert_memory",

@@ -172,6 +172,12 @@ class TestNaming:
                 assert named is not None
                 assert torch.equal(named, routers[2](predictor.estimate(seen)).top_k_index)
 
+    def test_the_likeliest_come_first_where_a_router_does_not_sort(self) -> None:
+        index, weights = torch.tensor([[4, 1, 3], [0, 2, 5]]), torch.tensor([[2, 9, 4], [7, 8, 1]])
+        outputs = [RouterOutput(index, weights, None), RouterOutput(index, None, None)]
+        named = [Lookahead([Router(0), lambda _, o=o: o]).name_experts(event(0)) for o in outputs]
+        assert [each.tolist() for each in named] == [[[1, 3, 4], [2, 0, 5]], index.tolist()]
+
     def test_nothing_is_said_where_nothing_can_be(self) -> None:
         lookahead = Lookahead([Router(0), Router(1), lambda residual: None])
         assert lookahead.name_experts(event(0, is_seen=False)) is None

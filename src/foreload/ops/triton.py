@@ -102,10 +102,8 @@ class TritonKernels:
         self, tables: DeviceTables, layer: int, top_k_index: Tensor, *, num_experts: int
     ) -> WorkList:
         """Give wanted experts their slots."""
-        length = tables.require(layer, *top_k_index.shape)
-        return self._assign(
-            tables, layer, top_k_index, length, num_experts, max_fetches=0, min_age=0
-        )
+        length = min(top_k_index.numel(), tables.num_experts)
+        return self._assign(tables, layer, top_k_index, length, num_experts)
 
     def assign_prefetch(
         self,
@@ -114,18 +112,10 @@ class TritonKernels:
         predicted_index: Tensor,
         *,
         max_fetches: int,
-        min_age: int,
     ) -> WorkList:
         """Make room for guessed experts."""
         return self._assign(
-            tables,
-            layer,
-            predicted_index,
-            max_fetches,
-            tables.num_experts,
-            max_fetches=max_fetches,
-            min_age=min_age,
-            is_prefetch=True,
+            tables, layer, predicted_index, max_fetches, tables.num_experts, is_prefetch=True
         )
 
     def forward(
@@ -181,8 +171,6 @@ class TritonKernels:
         length: int,
         num_experts: int,
         *,
-        max_fetches: int,
-        min_age: int,
         is_prefetch: bool = False,
     ) -> WorkList:
         columns = torch.empty(4, length, dtype=torch.int32, device=tables.slot_of.device)
@@ -205,8 +193,6 @@ class TritonKernels:
             tables.num_experts,
             min(num_experts, tables.num_experts),
             length,
-            max_fetches,
-            min_age,
             IS_PREFETCH=is_prefetch,
             BLOCK_I=triton.next_power_of_2(index.numel()),
             BLOCK_E=triton.next_power_of_2(tables.num_experts),

@@ -71,10 +71,16 @@ class Lookahead:
     def name_experts(self, event: RoutingEvent) -> Tensor | None:
         """Name the next layer's likely experts, (T, K) int64, without waiting for the device.
 
-        None where nothing can be said. Each row is in its router's own order.
+        None where nothing can be said. Likeliest first, where the router gives weights.
         """
         output = self.route_next(event)
-        return None if output is None else output.top_k_index
+        if output is None:
+            return None
+        if output.top_k_weights is None:
+            return output.top_k_index
+        # Not every router sorts its choice.
+        order = output.top_k_weights.argsort(-1, descending=True)
+        return output.top_k_index.gather(-1, order)
 
     def route_next(self, event: RoutingEvent) -> RouterOutput | None:
         """Give the next layer's router's early answer, without waiting for the device.
