@@ -54,7 +54,7 @@ class WorkList(NamedTuple):
 
     Attributes:
         expert: (W,) int32. Demanded experts ascending; guessed ones likeliest first; then `ABSENT`.
-        slot: (W,) int32, `ABSENT` where there is no expert, and where a miss has no slot: it is read
+        slot: (W,) int32, `ABSENT` where there is no expert, and where a miss has none: it is read
             from host memory, and not kept.
         is_hit: (W,) int32, 1 where the slot holds the expert already.
         order: (W,) int32, places in this list, misses before hits: the bus is the longest way.
