@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {
     "cli/verb.py": "tests/cli/test_command.py",
     "evaluate.py": "tests/cli/test_evaluate.py",
     "ops/triton_kernels.py": "tests/ops/test_triton.py",
+    "ops/triton_slots.py": "tests/ops/test_triton.py",
     "train_estimator.py": "tests/cli/test_train_estimator.py",
 }
 
@@ -33,6 +34,7 @@ NEEDS_EXTRA = {
     "lm_eval.py": "lm_eval",
     "ops/triton.py": "triton",
     "ops/triton_kernels.py": "triton",
+    "ops/triton_slots.py": "triton",
 }
 
 # Modules that may ask torch.cuda: everything else is the same on any device.

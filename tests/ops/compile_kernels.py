@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from foreload.ops import triton_kernels as kernels
+from foreload.ops import triton_kernels, triton_slots
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import StoredFormat, expert_layout
 from foreload.ops.reference import SumRule
@@ -136,10 +136,11 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=[stored.value for stored in StoredFormat])
     parser.add_argument("--sizes", nargs=2, type=int, default=[2048, 768])
     arguments = parser.parse_args()
-    names = [name for name in kernels.__all__ if name.islower()]
-    recorders = {name: Recorder(getattr(kernels, name), arguments.capability) for name in names}
-    for name, recorder in recorders.items():
-        setattr(kernels, name, recorder)
+    recorders = {}
+    for module in (triton_slots, triton_kernels):
+        for name in filter(str.islower, module.__all__):
+            recorders[name] = Recorder(getattr(module, name), arguments.capability)
+            setattr(module, name, recorders[name])
     for stored, kind in itertools.product(StoredFormat, ("gated", "ungated", "gpt-oss")):
         if stored.value not in arguments.formats:
             continue

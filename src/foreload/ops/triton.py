@@ -21,6 +21,7 @@ except ImportError as error:
 
 from foreload.errors import UnsupportedModelError
 from foreload.ops import triton_kernels as kernels
+from foreload.ops import triton_slots as slot_kernels
 from foreload.ops.device_layout import StoredFormat
 from foreload.ops.device_tables import WorkList
 from foreload.ops.gating import find_gating
@@ -150,7 +151,7 @@ class TritonKernels:
 
     def fetch(self, memory: LayerMemory, work: WorkList) -> None:
         """Copy the blocks of a work list's misses to their slots."""
-        kernels.copy_blocks[(self._num_copy_programs,)](
+        slot_kernels.copy_blocks[(self._num_copy_programs,)](
             work.expert,
             work.slot,
             work.is_hit,
@@ -177,7 +178,7 @@ class TritonKernels:
         work = WorkList(*columns)
         scratch = tables.scratch[layer]
         num_slots = tables.num_slots[layer]
-        kernels.assign_slots[(1,)](
+        slot_kernels.assign_slots[(1,)](
             index.contiguous(),
             *index.shape,
             tables.slot_of[layer],
