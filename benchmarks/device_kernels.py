@@ -91,7 +91,6 @@ class Layer:
             sum_rules=[SumRule.HIDDEN],
             device=device,
             kernels=kernels,
-            min_age=0,
         )
 
 

@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
     "cli/verb.py": "tests/cli/test_command.py",
     "evaluate.py": "tests/cli/test_evaluate.py",
     "ops/triton_kernels.py": "tests/ops/test_triton.py",
+    "ops/triton_slots.py": "tests/ops/test_triton.py",
     "train_estimator.py": "tests/cli/test_train_estimator.py",
 }
 
@@ -35,6 +36,7 @@ NEEDS_EXTRA = {
     "ops/triton.py": "triton",
     "ops/triton_kernels.py": "triton",
     "ops/triton_present.py": "triton",
+    "ops/triton_slots.py": "triton",
 }
 
 # Modules that may ask torch.cuda: everything else is the same on any device.

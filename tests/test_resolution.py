@@ -144,11 +144,11 @@ class TestDevice:
         assert (resolved.device, resolved.orchestration) == ("cpu", "device")
         assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
 
-    def test_one_tokens_needs_are_the_least(self, loaded: LoadedModel) -> None:
-        least = loaded.spec.top_k * self.layer_slot(loaded)
+    def test_one_expert_per_layer_is_the_least(self, loaded: LoadedModel) -> None:
+        least = self.layer_slot(loaded)
         asked = {"device": "cpu", "orchestration": "device"}
         assert resolve(config(**asked, expert_memory=least), loaded).expert_memory == least
-        with pytest.raises(CapacityError, match="one token's needs") as caught:
+        with pytest.raises(CapacityError, match="one expert in each of 4 layers") as caught:
             resolve(config(**asked, expert_memory=least - 1), loaded)
         assert caught.value.needed_bytes == least
 
@@ -167,7 +167,7 @@ class TestDevice:
         # No more is taken than draft and experts need.
         most = resolve(config(**asked, expert_memory="500%"), loaded)
         assert most.expert_memory == drafted + 16 * slot
-        least = drafted + 2 * loaded.spec.top_k * slot
+        least = drafted + slot
         assert resolve(config(**asked, expert_memory=least), loaded).expert_memory == least
         with pytest.raises(CapacityError, match=f"beside the {kind} draft") as caught:
             resolve(config(**asked, expert_memory=least - 1), loaded)
@@ -190,7 +190,7 @@ class TestDevice:
         memory = SimpleNamespace(available=whole + (1 << 30) + 4096)
         monkeypatch.setattr(resolution.psutil, "virtual_memory", lambda: memory)
         asked = config(device="cpu", orchestration="device", expert_memory="auto")
-        with pytest.raises(CapacityError, match="one token's needs"):
+        with pytest.raises(CapacityError, match="one expert in each"):
             resolve(asked, loaded)
         memory.available = whole
         with pytest.raises(CapacityError, match="do not all fit") as caught:
@@ -238,7 +238,7 @@ class TestDevice:
         "setting",
         [
             {"eviction": "lfu"},
-            {"draft": "int4", "expert_memory": "60%"},
+            {"draft": "int4", "expert_memory": "25%"},
             {"orchestration": "host"},
             {"device": "cpu"},
             {"host_memory": 4095},
@@ -298,10 +298,7 @@ class TestSlotPlan:
         path.unlink()
         assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
 
-    @pytest.mark.parametrize(("tokens", "least"), [("auto", 10), (2, 12), (9, 12)])
-    def test_a_plan_leaves_drafts_the_tokens_they_verify(
-        self, loaded: LoadedModel, tmp_path: Path, tokens: str | int, least: int
-    ) -> None:
+    def test_a_plan_divides_what_a_draft_leaves(self, loaded: LoadedModel, tmp_path: Path) -> None:
         layouts = device_layouts(loaded)
         drafted = 4 * 16 * block_bytes(draft_layouts(loaded, layouts, "int4"))
         asked = config(
@@ -309,11 +306,10 @@ class TestSlotPlan:
             orchestration="device",
             expert_memory=drafted + 13 * 4 * block_bytes(layouts),
             draft="int4",
-            num_draft_tokens=tokens,
             slot_plan=str(self.trace(loaded, tmp_path, (1, 2))),
         )
         slots = device_slots(resolve(asked, loaded), loaded)
-        assert (min(slots), sum(slots)) == (least, 52)
+        assert (min(slots), sum(slots)) == (10, 52)
         assert slots[1] == slots[2] > 13
 
     def test_the_hosts_slots_cannot_be_divided(self, loaded: LoadedModel) -> None:

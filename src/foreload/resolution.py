@@ -22,8 +22,6 @@ from foreload.model.device_plan import (
     device_layouts,
     draft_layouts,
     kv_bytes_per_token,
-    least_slots,
-    most_step_tokens,
 )
 from foreload.model.draft import (
     DRAFT_BITS,
@@ -283,27 +281,17 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         room = available - whole
         spare = room - _MARGIN_BYTES
     budget = _device_budget(config, whole, room, spare, draft_bytes=drafted)
-    # A verification runs over two tokens at least.
-    num_tokens = 1 if draft == "none" else 2
-    least = least_slots(num_tokens, spec) * layer_slot + drafted
+    # What has no slot is read from host memory each time, so one slot per layer will do.
+    least = layer_slot + drafted
     if budget < least:
-        needs = (
-            "one token's needs"
-            if draft == "none"
-            else f"two tokens' needs beside the {draft} draft"
-        )
+        more = "" if draft == "none" else f" beside the {draft} draft"
         raise CapacityError(
-            f"expert_memory is below {needs} ({spec.top_k} experts each in {spec.num_moe_layers} "
-            "layers)",
+            f"expert_memory is below one expert in each of {spec.num_moe_layers} layers{more}",
             needed_bytes=least,
             available_bytes=max(budget, 0),
             setting="expert_memory",
         )
-    if draft != "none" and isinstance(config.num_draft_tokens, int):
-        # A plan may not narrow the verifications that equal slots serve.
-        served = most_step_tokens([(budget - drafted) // layer_slot], spec)
-        num_tokens = max(num_tokens, min(config.num_draft_tokens + 1, served))
-    slots = divide_slots(config.slot_plan, (budget - drafted) // size, spec, num_tokens=num_tokens)
+    slots = divide_slots(config.slot_plan, (budget - drafted) // size, spec)
     return config.with_values(
         device=str(device),
         orchestration="device",

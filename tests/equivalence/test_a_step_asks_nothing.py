@@ -86,7 +86,7 @@ def test_no_value_is_asked_for(family: str, predictor: str, policy: str, tmp_pat
         checkpoint.path,
         device="cpu",
         orchestration="device",
-        expert_memory="50%",
+        expert_memory="30%",
         predictor=predictor,
         policy=policy,
         confidence=0.3,

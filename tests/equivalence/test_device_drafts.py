@@ -84,8 +84,8 @@ def test_greedy_tokens_are_those_without_a_draft(
     number: int | str,
     kind: str,
 ) -> None:
-    # Some have room for every expert, others for verifications of a few tokens.
-    memory = "200%" if kind == "int4" else "110%"
+    # Some have room for every expert, others hardly for any.
+    memory = "200%" if kind == "int4" else "50%"
     with open_device(
         checkpoints[family], draft=kind, num_draft_tokens=number, expert_memory=memory
     ) as engine:
@@ -251,12 +251,27 @@ def test_a_draft_is_a_part_of_the_expert_memory(checkpoints: dict[str, Path]) ->
         with pytest.raises(ConfigError, match="needs the host"):
             engine.drop_draft()
         assert drafter_of(engine).draft is draft
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_slot_per_layer_is_the_least_beside_a_draft(
+    checkpoints: dict[str, Path], plain: Callable[[str], list[list[int]]], family: str
+) -> None:
+    path = checkpoints[family]
     with pytest.raises(CapacityError, match="beside the int4 draft") as caught:
-        open_device(path, expert_memory="50%", draft="int4")
+        open_device(path, expert_memory="20%", draft="int4")
     assert caught.value.setting == "expert_memory"
     needed = caught.value.needed_bytes
-    with open_device(path, expert_memory=needed, draft="int4") as engine:
+    with open_device(path, expert_memory=needed, draft="int4", num_draft_tokens=8) as engine:
         assert engine.expert_memory_bytes == needed
+        assert engine.num_slots == engine.spec.num_moe_layers
+        assert say(engine) == plain(family)
+        check(engine)
+        drafter = drafter_of(engine)
+        assert drafter.governor.rounds_by_draft[8] > 0
+        # A verification's nine tokens are a step all the same.
+        assert engine.metrics.num_prefetched_used > 0
+        assert engine.metrics.num_hits < engine.metrics.num_misses
 
 
 def test_a_model_without_a_static_cache_has_no_draft(

@@ -40,22 +40,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def open_pair(directory: Path, budget: str, **settings: Any) -> tuple[Engine, Engine]:
     host = make_engine(directory, dtype="float32", expert_memory="50%", **settings)
-    settings = {"predictor": "lookahead", **settings}
-    if budget == "tight":
-        settings["expert_memory"] = tight(host)
-    else:
-        settings["expert_memory"] = budget
+    top_k = host.spec.top_k
+    slots = {"one": 1, "short": max(top_k - 1, 1), "tight": top_k}
+    memory = slots_bytes(host, slots[budget]) if budget in slots else budget
+    settings = {"predictor": "lookahead", **settings, "expert_memory": memory}
     device = make_engine(
         directory, dtype="float32", device="cpu", orchestration="device", **settings
     )
     return host, device
 
 
-def tight(engine: Engine) -> int:
-    """Give the least that serves one token: K slots in every layer."""
-    loaded = engine._loaded
-    spec = engine.spec
-    return spec.top_k * spec.num_moe_layers * block_bytes(device_layouts(loaded))
+def slots_bytes(engine: Engine, number: int) -> int:
+    """Give the bytes of so many slots in every layer."""
+    layouts = device_layouts(engine._loaded)
+    return number * engine.spec.num_moe_layers * block_bytes(layouts)
 
 
 def logits_of(engine: Engine, prompt: list[int], cache: Any) -> Iterator[torch.Tensor]:
@@ -79,7 +77,7 @@ def check(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", ["100%", "50%", "tight"])
+@pytest.mark.parametrize("budget", ["tight", "short", "one"])
 @pytest.mark.parametrize("is_static", [False, True])
 def test_logits_are_those_of_the_hosts_loop(
     checkpoints: dict[str, Path], family: str, budget: str, is_static: bool
@@ -101,11 +99,11 @@ def test_logits_are_those_of_the_hosts_loop(
         stats = device.stats
         assert stats["num_steps"] == NUM_DECODED + 1
         assert stats["hit_rate"] is not None
-        assert stats["prefetch_precision"] is not None
+        assert stats["prefetch_precision"] > 0, "guesses are brought however few slots there are"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", ["100%", "tight"])
+@pytest.mark.parametrize("budget", ["100%", "one"])
 def test_texts_are_those_of_the_hosts_loop(
     checkpoints: dict[str, Path], family: str, budget: str
 ) -> None:
@@ -285,10 +283,11 @@ def test_with_everything_in_the_slots_nothing_is_done_without(
 
 
 def test_long_prompts_in_chunks(checkpoints: dict[str, Path]) -> None:
-    """Chunks of every kind: such as the slots can serve, and such as are streamed past them."""
+    """Chunks of every kind: such as are steps, and such as are streamed past the slots."""
     prompt = [3 + (7 * place) % 150 for place in range(70)]
     for chunk in (1, 2, 16, 17, 64):
-        host, device = open_pair(checkpoints["qwen3_moe"], "50%", prefill_chunk=chunk)
+        budget = "one" if chunk == 16 else "50%"
+        host, device = open_pair(checkpoints["qwen3_moe"], budget, prefill_chunk=chunk)
         with host, device:
             wanted = host.generate(prompt, max_new_tokens=8)
             found = device.generate(prompt, max_new_tokens=8)

@@ -166,7 +166,7 @@ def test_a_running_request_is_not_disturbed(tiny_checkpoint: Path) -> None:
 
 def test_a_bad_plan_changes_nothing(tiny_checkpoint: Path) -> None:
     with open_device(tiny_checkpoint) as engine:
-        for plan in ((3, 8, 16, 5), (16, 16, 16, 16), (4, 4)):
+        for plan in ((0, 8, 16, 5), (16, 16, 16, 16), (4, 4)):
             with pytest.raises(ConfigError):
                 engine.replan_slots(plan)
         assert engine.slots_per_layer == (9, 9, 9, 9)
@@ -181,13 +181,11 @@ def test_a_bad_plan_changes_nothing(tiny_checkpoint: Path) -> None:
 
 
 def test_rounds_go_as_far_after_a_new_plan(tiny_checkpoint: Path, trace_path: Path) -> None:
-    settings = {"expert_memory": "90%", "draft": "int4", "num_draft_tokens": 1}
+    settings = {"expert_memory": "90%", "draft": "int4", "num_draft_tokens": 3}
     with open_device(tiny_checkpoint, **settings) as engine:
         wanted = text_of(engine)
-        assert engine.drafter is not None
-        engine.replan_slots(trace_path)
-        assert min(engine.slots_per_layer) >= 2 * engine.spec.top_k
-        assert text_of(engine) == wanted
-        assert engine.metrics.num_rounds > 0
-        with pytest.raises(ConfigError, match="layer 0 7 slots; it needs 8"):
-            engine.replan_slots((7, 8, 8, 8))
+        for plan in (trace_path, (1, 2, 1, 1)):
+            engine.replan_slots(plan)
+            before = engine.metrics.num_rounds
+            assert text_of(engine) == wanted
+            assert engine.metrics.num_rounds > before

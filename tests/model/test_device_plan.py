@@ -14,11 +14,8 @@ from foreload.model.device_plan import (
     device_layouts,
     draft_layouts,
     kv_bytes_per_token,
-    least_slots,
-    most_step_tokens,
 )
 from foreload.model.hf import load_model
-from foreload.ops.device_experts import MAX_TOKENS
 from foreload.ops.device_layout import StoredFormat
 
 if TYPE_CHECKING:
@@ -101,9 +98,3 @@ def test_a_draft_whose_groups_do_not_fit_is_refused(loaded: LoadedModel) -> None
     layouts = device_layouts(other)
     with pytest.raises(UnsupportedModelError, match="has no int4 draft"):
         draft_layouts(other, layouts, "int4")
-
-
-def test_slots_bound_the_tokens_of_a_step(loaded: LoadedModel) -> None:
-    found = [most_step_tokens([16, number], loaded.spec) for number in (3, 4, 8, 15, 16)]
-    assert found == [0, 1, 2, 3, MAX_TOKENS], "four experts a token, of sixteen"
-    assert [least_slots(number, loaded.spec) for number in (1, 2, 4, 5)] == [4, 8, 16, 16]

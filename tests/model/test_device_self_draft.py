@@ -13,6 +13,7 @@ from fakes import make_engine
 from foreload.errors import ForeloadError
 from foreload.model import draft_round
 from foreload.model.device_self_draft import DeviceRound, DeviceSelfDraft
+from foreload.ops.device_experts import MAX_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -193,20 +194,24 @@ def test_steps_serve_round_after_round(engine: Engine) -> None:
         assert widths == [1, 1 + DRAFTED]
 
 
-def test_what_slots_cannot_serve_is_not_captured(
-    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("number", [MAX_TOKENS - 1, MAX_TOKENS])
+def test_what_is_longer_than_a_step_is_not_captured(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    with open_drafting(tiny_checkpoint, expert_memory="100%", num_draft_tokens=6) as engine:
+    # However few slots there are.
+    with open_drafting(tiny_checkpoint, expert_memory="30%", num_draft_tokens=number) as engine:
+        assert engine.num_slots == engine.spec.num_moe_layers
         drafter = drafter_of(engine)
-        assert 2 <= drafter.most_step_tokens < 7
-        assert "verified past them" in caplog.text
+        assert ("verified as a prompt is" in caplog.text) == (number == MAX_TOKENS)
         with prefilled(engine) as step:
             step._is_capturing = True
-            for num_tokens in range(2, 8):
+            for num_tokens in range(2, MAX_TOKENS + 2):
                 wants = drafter.verifying_step(step, num_tokens).wants_capture
-                assert wants == (num_tokens <= drafter.most_step_tokens)
+                assert wants == (num_tokens <= MAX_TOKENS)
             step._is_capturing = False
             step._beside.clear()
+            with drafter.begin(step.cache, number) as this_round:
+                assert this_round.number == number
             run_round(engine, step, 6)
 
 

@@ -63,9 +63,10 @@ def test_a_trace_divides_all_slots(tmp_path: Path) -> None:
     assert divide_slots(str(path), 9, SPEC) == divide_slots(path, 9, SPEC)
 
 
-def test_every_layer_serves_the_tokens_it_has_to() -> None:
-    assert divide_slots(make_trace(), 8, SPEC, num_tokens=2) == (4, 4)
-    assert divide_slots(make_trace(), 10, SPEC, num_tokens=2) == (4, 6)
+def test_below_a_tokens_own_experts_a_trace_says_nothing() -> None:
+    assert divide_slots(make_trace(), 2, SPEC) == (1, 1)
+    assert min(divide_slots(make_trace(), 3, SPEC)) == 1
+    assert min(divide_slots(make_trace(), 4, SPEC)) == 2
 
 
 def test_given_slots_are_taken() -> None:
@@ -77,7 +78,7 @@ def test_given_slots_are_taken() -> None:
     ("plan", "message"),
     [
         ((4,), "1 MoE layers, the model has 2"),
-        ((1, 6), "layer 0 1 slots; it needs 2 to 8"),
+        ((0, 6), "layer 0 0 slots; it needs 1 to 8"),
         ((2, 9), "layer 1 9 slots"),
         ((4, 5), "9 slots, and there is memory for 8"),
     ],

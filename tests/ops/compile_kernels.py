@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from foreload.ops import triton_kernels, triton_present
+from foreload.ops import triton_kernels, triton_present, triton_slots
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import StoredFormat, expert_layout
 from foreload.ops.reference import SumRule
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs=2, type=int, default=[2048, 768])
     arguments = parser.parse_args()
     recorders = {}
-    for module in (triton_kernels, triton_present):
+    for module in (triton_slots, triton_kernels, triton_present):
         for name in module.__all__:
             kernel = getattr(module, name)
             if isinstance(kernel, triton.runtime.JITFunction):

@@ -73,7 +73,7 @@ STEPS = ([[0, 3]], [[3, 1], [0, 3]], [[2, 2]], [[9, 4]], [[0, 3]], [[5, 6], [6, 
 
 @pytest.mark.parametrize("stored", StoredFormat, ids=lambda stored: stored.value)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_slots", [4, 5, 6])
+@pytest.mark.parametrize("num_slots", [1, 3, 6])
 def test_every_layout_and_format_is_the_reference_bit_for_bit(
     kind: str, stored: StoredFormat, num_slots: int
 ) -> None:
@@ -94,8 +94,9 @@ def test_every_layout_and_format_is_the_reference_bit_for_bit(
         assert not found.isnan().any()
         device.tables.check()
     (counters,) = device.read_counters()
-    # Six experts come for the first time; in four slots expert 0 has to come again.
-    assert counters.misses == {4: 7, 5: 6, 6: 6}[num_slots]
+    # Six experts come for the first time; in three slots 0 and 3 have to come again, and one slot
+    # has only expert 0 in the second step.
+    assert counters.misses == {1: 9, 3: 8, 6: 6}[num_slots]
     assert counters.hits + counters.misses == 10
 
 
@@ -145,9 +146,11 @@ def test_prefetched_experts_are_hits() -> None:
 
 
 def test_no_more_is_prefetched_than_allowed() -> None:
-    device = make(KINDS["gated"], max_prefetches=1)
-    device.prefetch(0, torch.tensor([[5, 2]]))
+    device = make(KINDS["gated"], max_prefetches=2)
+    device.prefetch(0, torch.tensor([[5, 2, 1]]), most=1)
     assert device.tables.slot_of[0].tolist() == [-1, -1, -1, -1, -1, 0]
+    device.prefetch(0, torch.tensor([[5, 2, 1, 0]]))
+    assert device.tables.slot_of[0].tolist() == [-1, 2, 1, -1, -1, 0]
 
 
 def test_a_module_may_have_fewer_experts_than_the_layer_with_most() -> None:
@@ -157,13 +160,11 @@ def test_a_module_may_have_fewer_experts_than_the_layer_with_most() -> None:
     assert device.read_counters()[0].misses == 1, "expert 3 is a placeholder to this module"
 
 
-def test_steps_too_long_or_too_greedy_are_refused() -> None:
+def test_steps_too_long_are_refused() -> None:
     experts = KINDS["gated"]
     device = make(experts)
     with pytest.raises(ValueError, match="experts_from"):
         device.run(0, experts, rows(MAX_TOKENS + 1), route([[0, 1]] * (MAX_TOKENS + 1)))
-    with pytest.raises(ValueError, match=r"4 expert slots.*can want 6"):
-        device.run(0, experts, rows(3), route([[0, 1]] * 3))
     assert device.read_counters() == [Counters(0, 0, 0, 0)]
 
 

@@ -17,12 +17,7 @@ from foreload.memory import cuda
 from foreload.memory.expert_stream import ExpertStream
 from foreload.memory.host_arena import HostArena
 from foreload.model.device_draft import DeviceDraft, quantise_experts
-from foreload.model.device_plan import (
-    block_bytes,
-    device_layouts,
-    draft_layouts,
-    most_step_tokens,
-)
+from foreload.model.device_plan import block_bytes, device_layouts, draft_layouts
 from foreload.model.device_policy import DevicePolicy
 from foreload.model.device_runtime import DeviceRuntime
 from foreload.model.device_self_draft import DeviceSelfDraft
@@ -30,7 +25,7 @@ from foreload.model.graph import StepGraphs
 from foreload.model.kv_cache import can_be_static, make_static_cache
 from foreload.model.sites import silenced_experts
 from foreload.model.slot_division import divide_slots
-from foreload.ops.device_experts import DeviceExperts
+from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
 from foreload.ops.device_layout import pack_expert
 from foreload.ops.present import choose_present
 from foreload.schedule.governor import Governor
@@ -216,11 +211,7 @@ class DevicePath:
             ConfigError: The plan is not for this model.
             TraceError: A trace cannot be read.
         """
-        num_tokens = 1
-        if self.drafter is not None:
-            # Rounds go as far as they did.
-            num_tokens = min(self.drafter.governor.most + 1, self.drafter.most_step_tokens)
-        slots = divide_slots(plan, self._num_slots, self._spec, num_tokens=num_tokens)
+        slots = divide_slots(plan, self._num_slots, self._spec)
         with self.runtime.lock:
             if self._num_requests:
                 raise ForeloadError(
@@ -231,8 +222,6 @@ class DevicePath:
                 self._steps.release()
             self.runtime.divide(slots)
             self.slots = slots
-            if self.drafter is not None:
-                self.drafter.most_step_tokens = most_step_tokens(slots, self._spec)
 
     def release(self) -> None:
         """Let go of steps and memory; may be called twice."""
@@ -254,16 +243,15 @@ class DevicePath:
         progress: Callable[[int, int], None] | None,
     ) -> DeviceSelfDraft:
         """Quantise the experts, and make what drafts and verifies."""
-        spec = loaded.spec
-        most = most_step_tokens(self.slots, spec)
-        if num_draft_tokens is not None and num_draft_tokens >= most:
+        if num_draft_tokens is not None and num_draft_tokens >= MAX_TOKENS:
             logger.warning(
-                "the slots serve %d tokens at once: %d drafted ones are verified past them, which "
-                "is slow; use num_draft_tokens='auto' or more expert_memory",
-                most,
+                "a step has %d tokens at most: %d drafted ones are verified as a prompt is, which "
+                "is slow; use num_draft_tokens=%d or less",
+                MAX_TOKENS,
                 num_draft_tokens,
+                MAX_TOKENS - 1,
             )
-        governor = Governor(most=min(most - 1, _MOST_DRAFTED), pinned=num_draft_tokens)
+        governor = Governor(most=_MOST_DRAFTED, pinned=num_draft_tokens)
         layouts = device_layouts(loaded)
         quantised = draft_layouts(loaded, layouts, kind)
         blocks = quantise_experts(
@@ -280,12 +268,10 @@ class DevicePath:
             blocks,
             sum_rules=sum_rules,
             most_tokens=governor.most,
-            top_k=spec.top_k,
+            top_k=loaded.spec.top_k,
             kernels=kernels,
         )
-        return DeviceSelfDraft(
-            self.runtime, steps, metrics, governor, draft, forward, most_step_tokens=most
-        )
+        return DeviceSelfDraft(self.runtime, steps, metrics, governor, draft, forward)
 
 
 def _make_kernels(device: torch.device) -> ExpertKernels | None:

@@ -12,24 +12,19 @@ import torch
 from foreload.errors import UnsupportedModelError
 from foreload.model.kv_cache import make_kv_cache
 from foreload.model.sites import silenced_experts
-from foreload.ops.device_experts import MAX_TOKENS
 from foreload.ops.device_layout import StoredFormat, expert_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from foreload.model.hf import LoadedModel
     from foreload.model.sites import MoeSite
     from foreload.ops.device_layout import ExpertLayout
-    from foreload.types import ExpertPlan, ModelSpec
+    from foreload.types import ExpertPlan
 
 __all__ = [
     "block_bytes",
     "device_layouts",
     "draft_layouts",
     "kv_bytes_per_token",
-    "least_slots",
-    "most_step_tokens",
 ]
 
 _FINE_GROUP = 16
@@ -75,23 +70,6 @@ def draft_layouts(
                 hint="use draft='none'",
             ) from error
     return found
-
-
-def least_slots(num_tokens: int, spec: ModelSpec) -> int:
-    """Give the fewest slots of a layer that serve so many tokens at once, whatever they want."""
-    return min(num_tokens * spec.top_k, spec.num_experts)
-
-
-def most_step_tokens(slots: Sequence[int], spec: ModelSpec) -> int:
-    """Give the most tokens that slots can serve at once, whatever they want; 0 for not even one.
-
-    Args:
-        slots: Slots of each layer; the one with the fewest decides.
-        spec: The model's numbers.
-    """
-    if min(slots) >= spec.num_experts:
-        return MAX_TOKENS
-    return min(min(slots) // spec.top_k, MAX_TOKENS)
 
 
 def block_bytes(layouts: list[ExpertLayout]) -> int:

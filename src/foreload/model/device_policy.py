@@ -63,11 +63,13 @@ class DevicePolicy:
         """Keep a router's logits, (T, E), for the choice among other experts."""
         self._logits[threading.get_ident(), layer] = logits
 
-    def see_guess(self, layer: int, output: RouterOutput) -> None:
-        """Keep what a layer's router answered early; where that has weights it may be executed."""
-        if isinstance(self._policy, Speculate) and output.top_k_weights is not None:
-            guess = Routing(output.top_k_index, output.top_k_weights)
-            self._guessed[threading.get_ident()] = (layer, guess)
+    def see_guess(self, layer: int, output: RouterOutput) -> bool:
+        """Keep what a layer's router answered early; tell whether it may be executed."""
+        if not isinstance(self._policy, Speculate) or output.top_k_weights is None:
+            return False
+        guess = Routing(output.top_k_index, output.top_k_weights)
+        self._guessed[threading.get_ident()] = (layer, guess)
+        return True
 
     def decide(
         self, layer: int, true: Routing, slot_of: Tensor, *, is_prefill: bool = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foreload.model.draft_round import Mark, MeasuredRound
+from foreload.ops.device_experts import MAX_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,8 +37,6 @@ class DeviceSelfDraft:
         governor: Chooses how far to draft, and learns what it took.
         draft: The quantised experts.
         forward: From token ids (1, T) and a KV cache to logits (T, V).
-        most_step_tokens: Most tokens of a verification that slots can serve. Others run as prompts
-            do, and are not captured. Changes where slots are divided anew.
 
     Attributes:
         draft: The quantised experts; None once they were let go of: then nothing is drafted.
@@ -52,8 +51,6 @@ class DeviceSelfDraft:
         governor: Governor,
         draft: DeviceDraft,
         forward: ForwardAll,
-        *,
-        most_step_tokens: int,
     ) -> None:
         self.governor = governor
         self.draft: DeviceDraft | None = draft
@@ -62,7 +59,6 @@ class DeviceSelfDraft:
         self.metrics = metrics
         self._steps = steps
         self._forward = forward
-        self.most_step_tokens = most_step_tokens
 
     def begin(self, kv_cache: Any, most: int) -> DeviceRound:
         """Make a round that drafts as many tokens as pays, at most `most`; none is a choice.
@@ -92,7 +88,8 @@ class DeviceSelfDraft:
         """Give the target's step of so many tokens on the sequence of another."""
         if num_tokens == 1:
             return step
-        return step.beside(num_tokens, can_capture=num_tokens <= self.most_step_tokens)
+        # Longer ones run as prompts do.
+        return step.beside(num_tokens, can_capture=num_tokens <= MAX_TOKENS)
 
     def _forward_draft(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
         """Run the draft on one token (1, 1); give its logits (1, V)."""

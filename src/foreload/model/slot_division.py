@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foreload.errors import ConfigError
-from foreload.model.device_plan import least_slots
 from foreload.trace.layer_slots import check_trace, plan_from_trace
 from foreload.trace.read import read_trace
 from foreload.trace.record import RoutingTrace
@@ -21,16 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["divide_slots"]
 
 
-def divide_slots(
-    plan: SlotPlan, num_slots: int, spec: ModelSpec, *, num_tokens: int = 1
-) -> tuple[int, ...]:
+def divide_slots(plan: SlotPlan, num_slots: int, spec: ModelSpec) -> tuple[int, ...]:
     """Divide slots over the MoE layers.
 
     Args:
         plan: "equal", a trace of this model or its path, or the slots of each layer.
-        num_slots: Slots to divide, enough for `num_tokens`.
+        num_slots: Slots to divide, one for each layer at least.
         spec: The model's numbers.
-        num_tokens: Tokens that every layer must be able to serve at once.
 
     Returns:
         Slots of each layer, `num_slots` in all at most.
@@ -39,27 +35,27 @@ def divide_slots(
         ConfigError: The trace is of another model, or the layers' slots make no sense for this one.
         TraceError: The trace cannot be read.
     """
-    num_layers, least = spec.num_moe_layers, least_slots(num_tokens, spec)
+    num_layers = spec.num_moe_layers
     if isinstance(plan, str) and plan == "equal":
         return (min(num_slots // num_layers, spec.num_experts),) * num_layers
     if not isinstance(plan, str | Path | RoutingTrace):
-        _check_slots(plan, num_slots, spec, least)
+        _check_slots(plan, num_slots, spec)
         return tuple(plan)
     trace = plan if isinstance(plan, RoutingTrace) else read_trace(plan)
     check_trace(trace, spec)
-    return plan_from_trace(trace, num_slots, least=least)
+    # Below a token's own experts the curves of a trace say nothing.
+    return plan_from_trace(trace, num_slots, least=min(spec.top_k, num_slots // num_layers))
 
 
-def _check_slots(slots: Sequence[int], num_slots: int, spec: ModelSpec, least: int) -> None:
+def _check_slots(slots: Sequence[int], num_slots: int, spec: ModelSpec) -> None:
     if len(slots) != spec.num_moe_layers:
         raise ConfigError(
             f"slot_plan has slots for {len(slots)} MoE layers, the model has {spec.num_moe_layers}"
         )
     for layer, number in enumerate(slots):
-        if not least <= number <= spec.num_experts:
+        if not 1 <= number <= spec.num_experts:
             raise ConfigError(
-                f"slot_plan gives layer {layer} {number} slots; it needs {least} to "
-                f"{spec.num_experts}"
+                f"slot_plan gives layer {layer} {number} slots; it needs 1 to {spec.num_experts}"
             )
     if sum(slots) > num_slots:
         raise ConfigError(

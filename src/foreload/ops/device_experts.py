@@ -13,7 +13,7 @@ import torch
 
 from foreload.errors import ShapeError
 from foreload.ops.device_layout import unpack_expert
-from foreload.ops.device_tables import assign_prefetch, assign_slots, make_tables
+from foreload.ops.device_tables import ABSENT, assign_prefetch, assign_slots, make_tables
 from foreload.ops.reference import accumulate, expert_forward, group_by_expert
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ class ExpertKernels(Protocol):
         predicted_index: Tensor,
         *,
         max_fetches: int,
-        min_age: int,
     ) -> WorkList:
         """As `ops.device_tables.assign_prefetch`."""
 
@@ -90,7 +89,7 @@ class ExpertKernels(Protocol):
         """Fetch what missed, compute, and sum over the top-k, (T, H)."""
 
     def fetch(self, memory: LayerMemory, work: WorkList) -> None:
-        """Copy the blocks of a work list's misses to their slots."""
+        """Copy the blocks of a work list's misses to their slots, of those that have one."""
 
 
 class TwinKernels:
@@ -109,12 +108,9 @@ class TwinKernels:
         predicted_index: Tensor,
         *,
         max_fetches: int,
-        min_age: int,
     ) -> WorkList:
         """Make room for guessed experts."""
-        return assign_prefetch(
-            tables, layer, predicted_index, max_fetches=max_fetches, min_age=min_age
-        )
+        return assign_prefetch(tables, layer, predicted_index, max_fetches=max_fetches)
 
     def forward(
         self,
@@ -127,15 +123,20 @@ class TwinKernels:
         """Fetch what missed, compute, and sum over the top-k, as the reference does it."""
         self.fetch(memory, work)
         slot_of = dict(zip(work.expert.tolist(), work.slot.tolist(), strict=True))
-        return _sum_experts(
-            memory, experts, hidden_states, routing, lambda expert: memory.slots[slot_of[expert]]
-        )
+
+        def block_of(expert: int) -> Tensor:
+            slot = slot_of[expert]
+            if slot == ABSENT:
+                return memory.host[expert].to(memory.slots.device)
+            return memory.slots[slot]
+
+        return _sum_experts(memory, experts, hidden_states, routing, block_of)
 
     def fetch(self, memory: LayerMemory, work: WorkList) -> None:
-        """Copy the blocks of a work list's misses to their slots."""
+        """Copy the blocks of a work list's misses to their slots, of those that have one."""
         columns = (work.expert.tolist(), work.slot.tolist(), work.is_hit.tolist())
         for expert, slot, is_hit in zip(*columns, strict=True):
-            if expert >= 0 and not is_hit:
+            if slot != ABSENT and not is_hit:
                 memory.slots[slot].copy_(memory.host[expert])
 
 
@@ -146,14 +147,12 @@ class DeviceExperts:
         layouts: How the experts of each MoE layer lie in their blocks.
         host: (L, E, block bytes) uint8, every expert of the model; page-locked where kernels read
             it over the bus.
-        num_slots: Slots of each layer; they need not be equal.
+        num_slots: Slots of each layer, at least one; they need not be equal.
         sum_rules: Per layer, the element type that expert outputs are summed in.
         device: Where the slots are.
         kernels: What computes; the twins by default.
         host_address: Where the device sees `host`; by default where the processor does.
         max_prefetches: Most experts that one `prefetch` brings.
-        min_age: Visits of a layer since an expert was last wanted, from which on a guessed one may
-            take its slot.
 
     Attributes:
         tables: Who is in which slot; `tables.read_counters()` tells hits and misses.
@@ -174,7 +173,6 @@ class DeviceExperts:
         kernels: ExpertKernels | None = None,
         host_address: int | None = None,
         max_prefetches: int = 8,
-        min_age: int = 1,
     ) -> None:
         block_bytes = max(layout.num_bytes for layout in layouts)
         if host.dtype != torch.uint8 or host.ndim != 3 or not host.is_contiguous():
@@ -190,7 +188,6 @@ class DeviceExperts:
             raise ShapeError(f"a block has {block_bytes} bytes, in host memory {host.shape[2]}")
         self._kernels: ExpertKernels = kernels or TwinKernels()
         self._max_prefetches = max_prefetches
-        self._min_age = min_age
         self._slots = torch.empty((sum(num_slots), host.shape[2]), dtype=torch.uint8, device=device)
         address = host.data_ptr() if host_address is None else host_address
         self._layers = list(
@@ -247,11 +244,11 @@ class DeviceExperts:
             (T, H); with the twins bit for bit what `ops.reference` gives.
 
         Raises:
-            ValueError: More tokens than a step may have, or fewer slots than they can want.
+            ValueError: More tokens than a step may have.
 
         Cost:
-            Every expert wanted is read once, from its slot or over the bus. Kernels never wait
-            for the host.
+            Every expert wanted is read once, from its slot or over the bus; what there is no slot
+            for is not kept. Kernels never wait for the host.
         """
         num_tokens = hidden_states.shape[0]
         if num_tokens > MAX_TOKENS:
@@ -261,7 +258,7 @@ class DeviceExperts:
         )
         return self._kernels.forward(self._memory[layer], work, experts, hidden_states, routing)
 
-    def prefetch(self, layer: int, predicted_index: Tensor, *, min_age: int | None = None) -> None:
+    def prefetch(self, layer: int, predicted_index: Tensor, *, most: int | None = None) -> None:
         """Bring experts that the next visit of a layer is expected to want.
 
         Must be over before that visit's `run` begins, and begin after the last one's has ended:
@@ -271,14 +268,13 @@ class DeviceExperts:
             layer: The MoE layer that is coming.
             predicted_index: (T, N) expert ids, likeliest first in each row; negative ones stand for
                 no expert.
-            min_age: In place of the one for all prefetches.
+            most: Most experts to bring, in place of the number for all prefetches.
         """
         work = self._kernels.assign_prefetch(
             self.tables,
             layer,
             predicted_index,
-            max_fetches=self._max_prefetches,
-            min_age=self._min_age if min_age is None else min_age,
+            max_fetches=self._max_prefetches if most is None else most,
         )
         self._kernels.fetch(self._memory[layer], work)
 

@@ -6,6 +6,7 @@ device; what they leave in the tables and in the work list is what the kernels l
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,7 +54,8 @@ class WorkList(NamedTuple):
 
     Attributes:
         expert: (W,) int32. Demanded experts ascending; guessed ones likeliest first; then `ABSENT`.
-        slot: (W,) int32, `ABSENT` where there is no expert.
+        slot: (W,) int32, `ABSENT` where there is no expert, and where a miss has none: it is read
+            from host memory, and not kept.
         is_hit: (W,) int32, 1 where the slot holds the expert already.
         order: (W,) int32, places in this list, misses before hits: the bus is the longest way.
     """
@@ -96,20 +98,6 @@ class DeviceTables:
     def read_counters(self) -> list[Counters]:
         """Read the counters of every layer; waits for the device."""
         return [Counters(*row) for row in self.counters.tolist()]
-
-    def require(self, layer: int, num_tokens: int, top_k: int) -> int:
-        """Give the most distinct experts that a step can want.
-
-        Raises:
-            ValueError: The layer has fewer slots than that.
-        """
-        most = min(num_tokens * top_k, self.num_experts)
-        if self.num_slots[layer] < most:
-            raise ValueError(
-                f"layer {layer} has {self.num_slots[layer]} expert slots, and {num_tokens} tokens "
-                f"of {top_k} experts each can want {most} at once"
-            )
-        return most
 
     def check(self) -> None:
         """Check that experts and slots point at each other; waits for the device.
@@ -172,10 +160,12 @@ def make_tables(
 def assign_slots(
     tables: DeviceTables, layer: int, top_k_index: Tensor, *, num_experts: int | None = None
 ) -> WorkList:
-    """Give every expert that is wanted now a slot, and count hits and misses.
+    """Give experts that are wanted now a slot as far as there are any, and count hits and misses.
 
     Missing experts take empty slots, then those whose experts were wanted longest ago, lower slots
-    first; never a slot whose expert is wanted now. Their bytes are the caller's business.
+    first; never a slot whose expert is wanted now. Where these run out, those that most tokens want
+    have one, of these the likeliest, as in `assign_prefetch`; the others stay without. Their bytes
+    are the caller's business.
 
     Args:
         tables: Changed in place.
@@ -185,28 +175,28 @@ def assign_slots(
 
     Returns:
         W = min(T * K, E) places.
-
-    Raises:
-        ValueError: The layer has fewer slots than T tokens can want.
     """
-    length = tables.require(layer, *top_k_index.shape)
+    length = min(top_k_index.numel(), tables.num_experts)
     limit = tables.num_experts if num_experts is None else num_experts
-    wanted = sorted({expert for expert in top_k_index.flatten().tolist() if 0 <= expert < limit})
+    # In the order of the first who wants them, which sorting by their number keeps.
+    times = Counter(id_ for id_ in top_k_index.t().flatten().tolist() if 0 <= id_ < limit)
+    wanted = sorted(times)
     tables.clock[layer] += 1
     now = int(tables.clock[layer])
     slot_of = tables.slot_of[layer].tolist()
     hits = [expert for expert in wanted if slot_of[expert] != ABSENT]
-    misses = [expert for expert in wanted if slot_of[expert] == ABSENT]
+    misses = [expert for expert, _ in times.most_common() if slot_of[expert] == ABSENT]
     taken = {slot_of[expert] for expert in hits}
     fresh = tables.is_fresh[layer].tolist()
     used = sum(fresh[slot] for slot in taken)
     tables.counters[layer] += tables.counters.new_tensor([len(hits), len(misses), 0, used])
-    for expert, slot in zip(misses, _victims(tables, layer, taken, newest=now), strict=False):
+    for expert, slot in zip(misses, _victims(tables, layer, taken), strict=False):
         _place(tables, layer, expert, slot)
         slot_of[expert] = slot
     for expert in wanted:
-        tables.stamp[layer, slot_of[expert]] = now
-        tables.is_fresh[layer, slot_of[expert]] = 0
+        if slot_of[expert] != ABSENT:
+            tables.stamp[layer, slot_of[expert]] = now
+            tables.is_fresh[layer, slot_of[expert]] = 0
     places = {expert: place for place, expert in enumerate(wanted)}
     return _work_list(
         tables,
@@ -222,13 +212,11 @@ def assign_prefetch(
     predicted_index: Tensor,
     *,
     max_fetches: int,
-    min_age: int = 1,
 ) -> WorkList:
     """Make room for experts that a coming visit of a layer is expected to want.
 
-    Only as many are brought as there are empty slots and slots whose experts were not wanted in
-    the last `min_age` visits, nor guessed now: what is likelier to be wanted than most guesses
-    stays. What is brought counts as wanted in the last visit.
+    Only as many are brought as there are slots whose experts are not guessed now; those wanted
+    longest ago go first. What is brought counts as wanted in the last visit.
 
     Args:
         tables: Changed in place.
@@ -236,7 +224,6 @@ def assign_prefetch(
         predicted_index: (T, N) integers, likeliest first in each row; E and above, and negative
             ones, stand for no expert.
         max_fetches: Most experts to bring.
-        min_age: Visits since an expert was wanted, from which on it may have to go.
 
     Returns:
         W = `max_fetches` places, all misses.
@@ -249,8 +236,7 @@ def assign_prefetch(
     taken = {slot_of[expert] for expert in guesses if slot_of[expert] != ABSENT}
     missing = [expert for expert in guesses if slot_of[expert] == ABSENT][:max_fetches]
     entries = []
-    victims = _victims(tables, layer, taken, newest=now - min_age)
-    for expert, slot in zip(missing, victims, strict=False):
+    for expert, slot in zip(missing, _victims(tables, layer, taken), strict=False):
         _place(tables, layer, expert, slot)
         tables.stamp[layer, slot] = now
         tables.is_fresh[layer, slot] = 1
@@ -259,15 +245,10 @@ def assign_prefetch(
     return _work_list(tables, max_fetches, entries, list(range(len(entries))))
 
 
-def _victims(tables: DeviceTables, layer: int, taken: set[int], *, newest: int) -> list[int]:
-    """Give the slots that may be emptied, best first: stamps up to `newest` and not `taken`."""
+def _victims(tables: DeviceTables, layer: int, taken: set[int]) -> list[int]:
+    """Give the slots that may be emptied, the stalest first: those that are not `taken`."""
     stamps = tables.stamp[layer, : tables.num_slots[layer]].tolist()
-    free = [
-        slot
-        for slot, stamp in enumerate(stamps)
-        if slot not in taken and (stamp < 0 or stamp <= newest)
-    ]
-    return sorted(free, key=lambda slot: (stamps[slot], slot))
+    return sorted(set(range(len(stamps))) - taken, key=lambda slot: (stamps[slot], slot))
 
 
 def _place(tables: DeviceTables, layer: int, expert: int, slot: int) -> None:

@@ -21,6 +21,7 @@ except ImportError as error:
 
 from foreload.errors import UnsupportedModelError
 from foreload.ops import triton_kernels as kernels
+from foreload.ops import triton_slots as slot_kernels
 from foreload.ops.device_layout import StoredFormat
 from foreload.ops.device_tables import WorkList
 from foreload.ops.gating import find_gating
@@ -102,10 +103,8 @@ class TritonKernels:
         self, tables: DeviceTables, layer: int, top_k_index: Tensor, *, num_experts: int
     ) -> WorkList:
         """Give wanted experts their slots."""
-        length = tables.require(layer, *top_k_index.shape)
-        return self._assign(
-            tables, layer, top_k_index, length, num_experts, max_fetches=0, min_age=0
-        )
+        length = min(top_k_index.numel(), tables.num_experts)
+        return self._assign(tables, layer, top_k_index, length, num_experts)
 
     def assign_prefetch(
         self,
@@ -114,18 +113,10 @@ class TritonKernels:
         predicted_index: Tensor,
         *,
         max_fetches: int,
-        min_age: int,
     ) -> WorkList:
         """Make room for guessed experts."""
         return self._assign(
-            tables,
-            layer,
-            predicted_index,
-            max_fetches,
-            tables.num_experts,
-            max_fetches=max_fetches,
-            min_age=min_age,
-            is_prefetch=True,
+            tables, layer, predicted_index, max_fetches, tables.num_experts, is_prefetch=True
         )
 
     def forward(
@@ -160,7 +151,7 @@ class TritonKernels:
 
     def fetch(self, memory: LayerMemory, work: WorkList) -> None:
         """Copy the blocks of a work list's misses to their slots."""
-        kernels.copy_blocks[(self._num_copy_programs,)](
+        slot_kernels.copy_blocks[(self._num_copy_programs,)](
             work.expert,
             work.slot,
             work.is_hit,
@@ -181,15 +172,13 @@ class TritonKernels:
         length: int,
         num_experts: int,
         *,
-        max_fetches: int,
-        min_age: int,
         is_prefetch: bool = False,
     ) -> WorkList:
         columns = torch.empty(4, length, dtype=torch.int32, device=tables.slot_of.device)
         work = WorkList(*columns)
         scratch = tables.scratch[layer]
         num_slots = tables.num_slots[layer]
-        kernels.assign_slots[(1,)](
+        slot_kernels.assign_slots[(1,)](
             index.contiguous(),
             *index.shape,
             tables.slot_of[layer],
@@ -205,8 +194,6 @@ class TritonKernels:
             tables.num_experts,
             min(num_experts, tables.num_experts),
             length,
-            max_fetches,
-            min_age,
             IS_PREFETCH=is_prefetch,
             BLOCK_I=triton.next_power_of_2(index.numel()),
             BLOCK_E=triton.next_power_of_2(tables.num_experts),

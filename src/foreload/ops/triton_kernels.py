@@ -1,4 +1,4 @@
-"""The Triton kernels of experts on a device; `ops.triton` says how they are launched.
+"""The Triton kernels that compute experts on a device; `ops.triton` says how they are launched.
 
 A block of bytes is addressed by a plain 64-bit number, in a slot or in host memory: which of the
 two is data, and only a kernel can follow it without asking the host.
@@ -15,8 +15,6 @@ __all__ = [
     "INT8",
     "MXFP4",
     "PLAIN",
-    "assign_slots",
-    "copy_blocks",
     "expert_products",
     "sum_experts",
 ]
@@ -28,142 +26,6 @@ FP8 = tl.constexpr(2)
 INT4 = tl.constexpr(3)
 MXFP4 = tl.constexpr(4)
 
-_NEVER = tl.constexpr(2**62)
-
-
-@triton.jit
-def assign_slots(
-    ids,
-    num_tokens,
-    top_k,
-    slot_of,
-    expert_of,
-    stamp,
-    is_fresh,
-    clock,
-    counters,
-    scratch,
-    scratch_stride,
-    work_expert,
-    work_slot,
-    work_is_hit,
-    work_order,
-    num_slots,
-    num_table_experts,
-    num_experts,
-    length,
-    max_fetches,
-    min_age,
-    IS_PREFETCH: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One program: `ops.device_tables.assign_slots`, or `assign_prefetch`, of one layer.
-
-    Ids are numbered column by column, likeliest first. Barriers stand wherever another thread's
-    store is read: all of them see the same global memory after one.
-    """
-    keys, by_rank, firsts = scratch, scratch + scratch_stride, scratch + 2 * scratch_stride
-    now = tl.load(clock)
-    expert = tl.arange(0, BLOCK_E)
-    slot = tl.arange(0, BLOCK_S)
-    held = tl.load(expert_of + slot, mask=slot < num_slots, other=-1)
-    age = tl.load(stamp + slot, mask=slot < num_slots, other=-1)
-
-    first = tl.full([BLOCK_E], _NEVER, tl.int64)
-    is_taken = tl.zeros([BLOCK_S], tl.int32)
-    for start in range(0, BLOCK_I, CHUNK):
-        number = start + tl.arange(0, CHUNK)
-        place = number % num_tokens * top_k + number // num_tokens
-        some = tl.load(ids + place, mask=number < num_tokens * top_k, other=-1).to(tl.int32)
-        some = tl.where(some < num_experts, some, -1)
-        found = tl.where(expert[:, None] == some[None, :], number[None, :].to(tl.int64), _NEVER)
-        first = tl.minimum(first, tl.min(found, 1))
-        is_same = (held[:, None] == some[None, :]) & (held[:, None] >= 0)
-        is_taken = tl.maximum(is_taken, tl.max(is_same.to(tl.int32), 1))
-    is_wanted = first < _NEVER
-    own = tl.load(slot_of + expert, mask=expert < num_table_experts, other=-1)
-    is_hit = is_wanted & (own >= 0)
-    is_miss = is_wanted & (own < 0)
-
-    # Rank the slots that may be emptied: empty ones, then the stalest.
-    newest = now - min_age if IS_PREFETCH else now
-    is_free = (slot < num_slots) & (is_taken == 0) & ((age < 0) | (age <= newest))
-    key = tl.where(is_free, age, _NEVER)
-    tl.store(keys + slot, key, mask=slot < num_slots)
-    if IS_PREFETCH:
-        miss_key = tl.where(is_miss, first, _NEVER)
-        tl.store(firsts + expert, miss_key, mask=expert < num_table_experts)
-    tl.debug_barrier()
-    rank = tl.zeros([BLOCK_S], tl.int32)
-    for start in range(0, BLOCK_S, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        other_key = tl.load(keys + other, mask=other < num_slots, other=_NEVER)
-        is_before = (other_key[None, :] < key[:, None]) | (
-            (other_key[None, :] == key[:, None]) & (other[None, :] < slot[:, None])
-        )
-        rank += tl.sum(is_before.to(tl.int32), 1)
-    tl.store(by_rank + rank, slot.to(tl.int64), mask=is_free)
-    num_free = tl.sum(is_free.to(tl.int32), 0)
-    num_misses = tl.sum(is_miss.to(tl.int32), 0)
-    if IS_PREFETCH:
-        miss_rank = tl.zeros([BLOCK_E], tl.int32)
-        for start in range(0, BLOCK_E, CHUNK):
-            other = start + tl.arange(0, CHUNK)
-            other_key = tl.load(firsts + other, mask=other < num_table_experts, other=_NEVER)
-            miss_rank += tl.sum((other_key[None, :] < first[:, None]).to(tl.int32), 1)
-        num_placed = tl.minimum(num_misses, tl.minimum(num_free, max_fetches))
-    else:
-        miss_rank = tl.cumsum(is_miss.to(tl.int32), 0) - 1
-        num_placed = tl.minimum(num_misses, num_free)
-    is_placed = is_miss & (miss_rank < num_placed)
-    tl.debug_barrier()
-    given = tl.load(by_rank + miss_rank, mask=is_placed, other=0).to(tl.int32)
-    evicted = tl.load(expert_of + given, mask=is_placed, other=-1)
-    num_used = 0
-    if not IS_PREFETCH:
-        num_used = tl.sum(tl.load(is_fresh + own, mask=is_hit, other=0), 0)
-    tl.debug_barrier()
-
-    tl.store(slot_of + evicted, -1, mask=is_placed & (evicted >= 0))
-    tl.store(slot_of + expert, given, mask=is_placed)
-    tl.store(expert_of + given, expert, mask=is_placed)
-    padding = tl.arange(0, BLOCK_W)
-    if IS_PREFETCH:
-        tl.store(stamp + given, now + tl.zeros_like(given).to(tl.int64), mask=is_placed)
-        tl.store(is_fresh + given, 1, mask=is_placed)
-        tl.store(counters + 2, tl.load(counters + 2) + num_placed)
-        tl.store(work_expert + miss_rank, expert, mask=is_placed)
-        tl.store(work_slot + miss_rank, given, mask=is_placed)
-        tl.store(work_is_hit + miss_rank, 0, mask=is_placed)
-        tl.store(work_order + miss_rank, miss_rank, mask=is_placed)
-        count = num_placed
-    else:
-        used = tl.where(is_hit, own, given)
-        is_in = is_hit | is_placed
-        tl.store(stamp + used, now + 1 + tl.zeros_like(used).to(tl.int64), mask=is_in)
-        tl.store(is_fresh + used, 0, mask=is_in)
-        tl.store(clock, now + 1)
-        count = tl.sum(is_wanted.to(tl.int32), 0)
-        tl.store(counters, tl.load(counters) + count - num_misses)
-        tl.store(counters + 1, tl.load(counters + 1) + num_misses)
-        tl.store(counters + 3, tl.load(counters + 3) + num_used)
-        at = tl.cumsum(is_wanted.to(tl.int32), 0) - 1
-        hit_rank = tl.cumsum(is_hit.to(tl.int32), 0) - 1
-        tl.store(work_expert + at, expert, mask=is_in)
-        tl.store(work_slot + at, used, mask=is_in)
-        tl.store(work_is_hit + at, is_hit.to(tl.int32), mask=is_in)
-        turn = tl.where(is_hit, num_misses + hit_rank, miss_rank)
-        tl.store(work_order + turn, at, mask=is_in)
-    is_padding = (padding >= count) & (padding < length)
-    tl.store(work_expert + padding, -1, mask=is_padding)
-    tl.store(work_slot + padding, -1, mask=is_padding)
-    tl.store(work_is_hit + padding, 0, mask=is_padding)
-    tl.store(work_order + padding, padding, mask=is_padding)
-
 
 @triton.jit
 def _load(source, place, mask, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
@@ -173,20 +35,20 @@ def _load(source, place, mask, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _store(target, is_miss, place, mask, values, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
-    """Write what a miss loaded through to the slot.
+def _store(target, is_kept, place, mask, values, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
+    """Write what a miss loaded through to its slot, where it has one.
 
     Even where nothing is stored this waits for what was loaded, so it comes last.
     """
     write = tl.multiple_of((target + OFFSET).to(tl.pointer_type(ELEMENT)), 16)
-    tl.store(write + place, values, mask=mask & is_miss)
+    tl.store(write + place, values, mask=mask & is_kept)
 
 
 @triton.jit
-def _read(source, target, is_miss, place, mask, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
-    """Load elements of a block and, after a miss, write them through to the slot."""
+def _read(source, target, is_kept, place, mask, OFFSET: tl.constexpr, ELEMENT: tl.constexpr):
+    """Load elements of a block and, after a miss, write them through to its slot."""
     values = _load(source, place, mask, OFFSET, ELEMENT)
-    _store(target, is_miss, place, mask, values, OFFSET, ELEMENT)
+    _store(target, is_kept, place, mask, values, OFFSET, ELEMENT)
     return values
 
 
@@ -208,7 +70,7 @@ def _fp4_value(codes):
 def _scales(
     source,
     target,
-    is_miss,
+    is_kept,
     row,
     is_row,
     start,
@@ -228,11 +90,11 @@ def _scales(
     place = grid_row[:, None] * grid_columns + group[None, :]
     mask = is_row[:, None] & (group < grid_columns)[None, :]
     if STORED == FP8:
-        return _read(source, target, is_miss, place, mask, OFFSET, tl.float32) * 256
+        return _read(source, target, is_kept, place, mask, OFFSET, tl.float32) * 256
     if STORED == MXFP4:
-        exponents = _read(source, target, is_miss, place, mask, OFFSET, tl.uint8)
+        exponents = _read(source, target, is_kept, place, mask, OFFSET, tl.uint8)
         return (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 16384
-    return _read(source, target, is_miss, place, mask, OFFSET, tl.bfloat16).to(tl.float32)
+    return _read(source, target, is_kept, place, mask, OFFSET, tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
@@ -303,7 +165,7 @@ def _products(
     is_row,
     source,
     target,
-    is_miss,
+    is_kept,
     OFFSET: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     NUM_ROWS: tl.constexpr,
@@ -338,7 +200,7 @@ def _products(
             )
             weight = _load(source, place, mask, OFFSET, CODE)
             total = _add(total, weight, values, DTYPE, BLOCK_T, BLOCK_N, BLOCK_K)
-            _store(target, is_miss, place, mask, weight, OFFSET, CODE)
+            _store(target, is_kept, place, mask, weight, OFFSET, CODE)
     else:
         # Three dimensions: rows, groups, and what shares a scale.
         step: tl.constexpr = 2 if STORED >= INT4 else 1
@@ -381,7 +243,7 @@ def _products(
             scale = _scales(
                 source,
                 target,
-                is_miss,
+                is_kept,
                 row,
                 is_row,
                 start,
@@ -409,7 +271,7 @@ def _products(
                 else:
                     odd = _fp4_value(codes >> 4) * scale
                 total = _add(total, odd, odd_values, DTYPE, BLOCK_T, BLOCK_N, block_u)
-            _store(target, is_miss, place, mask, codes, OFFSET, CODE)
+            _store(target, is_kept, place, mask, codes, OFFSET, CODE)
     if BLOCK_T == 1:
         total = total[None, :]
     return total
@@ -491,8 +353,11 @@ def expert_products(
     expert = tl.load(work_expert + place)
     if expert < 0:
         return
+    slot = tl.load(work_slot + place)
     is_miss = tl.load(work_is_hit + place) == 0
-    target = slots_address + tl.load(work_slot + place).to(tl.int64) * block_bytes
+    # Without a slot the target is none, and nothing is written to it.
+    is_kept = is_miss & (slot >= 0)
+    target = slots_address + slot.to(tl.int64) * block_bytes
     source = target
     if is_miss:
         source = host_address + expert.to(tl.int64) * block_bytes
@@ -517,7 +382,7 @@ def expert_products(
         is_row,
         source,
         target,
-        is_miss,
+        is_kept,
         OFFSET,
         SCALE_OFFSET,
         NUM_ROWS,
@@ -536,7 +401,7 @@ def expert_products(
     )
     products = _round(products, DTYPE)
     if BIAS_OFFSET >= 0:
-        bias = _read(source, target, is_miss, row, is_row, BIAS_OFFSET, DTYPE)
+        bias = _read(source, target, is_kept, row, is_row, BIAS_OFFSET, DTYPE)
         products = _round(products + bias.to(tl.float32)[None, :], DTYPE)
 
     if is_pair:
@@ -602,33 +467,3 @@ def sum_experts(
     kind = result.dtype.element_ty
     at = token.to(tl.int64) * num_columns + column
     tl.store(result + at, total.to(kind), mask=column < num_columns)
-
-
-@triton.jit
-def copy_blocks(
-    work_expert,
-    work_slot,
-    work_is_hit,
-    slots_address,
-    host_address,
-    BLOCK_BYTES: tl.constexpr,
-    LENGTH: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Copy the blocks of a work list's misses to their slots, in pieces of `BLOCK` words.
-
-    Grid: as few programs as keep the bus busy; each takes every n-th piece of every block.
-    """
-    num_words: tl.constexpr = BLOCK_BYTES // 4
-    for place in range(0, LENGTH):
-        expert = tl.load(work_expert + place)
-        if (expert >= 0) & (tl.load(work_is_hit + place) == 0):
-            source = host_address + expert.to(tl.int64) * BLOCK_BYTES
-            target = slots_address + tl.load(work_slot + place).to(tl.int64) * BLOCK_BYTES
-            read = tl.multiple_of(source.to(tl.pointer_type(tl.int32)), 16)
-            write = tl.multiple_of(target.to(tl.pointer_type(tl.int32)), 16)
-            for start in range(0, num_words, NUM_PROGRAMS * BLOCK):
-                word = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-                values = tl.load(read + word, mask=word < num_words, other=0)
-                tl.store(write + word, values, mask=word < num_words)
