@@ -24,6 +24,7 @@ TESTED_ELSEWHERE = {
     "cli/terminal.py": "tests/cli/test_command.py",
     "cli/verb.py": "tests/cli/test_command.py",
     "evaluate.py": "tests/cli/test_evaluate.py",
+    "ops/triton_grouped_kernels.py": "tests/ops/test_triton_grouped.py",
     "ops/triton_kernels.py": "tests/ops/test_triton.py",
     "train_estimator.py": "tests/cli/test_train_estimator.py",
 }
@@ -32,6 +33,8 @@ TESTED_ELSEWHERE = {
 NEEDS_EXTRA = {
     "lm_eval.py": "lm_eval",
     "ops/triton.py": "triton",
+    "ops/triton_grouped.py": "triton",
+    "ops/triton_grouped_kernels.py": "triton",
     "ops/triton_kernels.py": "triton",
 }
 

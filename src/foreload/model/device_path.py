@@ -22,7 +22,9 @@ from foreload.model.device_plan import (
     device_layouts,
     draft_layouts,
     most_step_tokens,
+    stream_blocks,
 )
+from foreload.model.device_prefill import DevicePrefill
 from foreload.model.device_runtime import DeviceRuntime
 from foreload.model.device_self_draft import DeviceSelfDraft
 from foreload.model.graph import StepGraphs
@@ -30,6 +32,7 @@ from foreload.model.kv_cache import can_be_static, make_static_cache
 from foreload.model.sites import silenced_experts
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import pack_expert
+from foreload.ops.grouped import TwinGrouped
 from foreload.schedule.governor import Governor
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from foreload.model.graph import ForwardAll, StepGraph
     from foreload.model.hf import LoadedModel
     from foreload.ops.device_experts import ExpertKernels
+    from foreload.ops.grouped import GroupedKernels
     from foreload.ops.reference import SumRule
 
 __all__ = ["DevicePath"]
@@ -138,9 +142,7 @@ class DevicePath:
             self.num_slots = num_slots * spec.num_moe_layers
             self.runtime = DeviceRuntime(
                 self._experts,
-                ExpertStream(self._host.blocks, device),
-                layouts,
-                sum_rules,
+                self._make_prefill(device, size, metrics),
                 block_bytes=size,
                 metrics=metrics,
                 device=device,
@@ -192,6 +194,13 @@ class DevicePath:
         if self._steps is not None:
             self._steps.release()
         self._host.release()
+
+    def _make_prefill(self, device: torch.device, size: int, metrics: Metrics) -> DevicePrefill:
+        """Make what runs long inputs."""
+        host = self._host.blocks
+        stream = ExpertStream(host, device, chunk_blocks=stream_blocks(host.shape[1], size))
+        kernels = _make_grouped_kernels(device)
+        return DevicePrefill(self._experts, stream, kernels, block_bytes=size, metrics=metrics)
 
     def _make_drafter(
         self,
@@ -253,3 +262,12 @@ def _make_kernels(device: torch.device) -> ExpertKernels | None:
     from foreload.ops.triton import TritonKernels
 
     return TritonKernels()
+
+
+def _make_grouped_kernels(device: torch.device) -> GroupedKernels:
+    """Give what computes long inputs on a device."""
+    if device.type != "cuda":
+        return TwinGrouped()
+    from foreload.ops.triton_grouped import TritonGrouped
+
+    return TritonGrouped()

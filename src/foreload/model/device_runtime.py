@@ -2,8 +2,8 @@
 
 Called by the model's forward through the experts interface, as `model.runtime` is on the host. A
 single token's step asks the host for nothing, so that it can be captured whole; long inputs, which
-want every expert anyway, stream them past the slots. The true router is executed, or, where that
-was asked for, what was guessed for a single token one layer earlier.
+want every expert anyway, are the business of `model.device_prefill`. The true router is executed,
+or, where that was asked for, what was guessed for a single token one layer earlier.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ import torch
 
 from foreload.memory.cuda import SideStream, on_device
 from foreload.ops.device_experts import MAX_TOKENS
-from foreload.ops.device_layout import unpack_expert
-from foreload.ops.reference import accumulate, expert_forward, group_by_expert
 from foreload.types import Routing, RoutingEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from foreload.memory.expert_stream import ExpertStream
     from foreload.metrics import Metrics
+    from foreload.model.device_prefill import DevicePrefill
     from foreload.ops.device_experts import DeviceExperts
-    from foreload.ops.device_layout import ExpertLayout
-    from foreload.ops.reference import SumRule
     from foreload.types import RouterOutput
 
     NameExperts = Callable[[RoutingEvent], Tensor | None]
@@ -73,9 +69,7 @@ class DeviceRuntime:
 
     Args:
         experts: The slots.
-        stream: Brings experts past the slots.
-        layouts: Per MoE layer, how its experts lie in their blocks.
-        sum_rules: Per MoE layer, the element type its experts are summed in.
+        prefill: Runs inputs that want more than the slots can hold.
         block_bytes: Bytes that travel per expert.
         metrics: Where steps and lookups are counted, once they are asked for.
         device: Where the model is.
@@ -90,9 +84,7 @@ class DeviceRuntime:
     def __init__(
         self,
         experts: DeviceExperts,
-        stream: ExpertStream,
-        layouts: Sequence[ExpertLayout],
-        sum_rules: Sequence[SumRule],
+        prefill: DevicePrefill,
         *,
         block_bytes: int,
         metrics: Metrics,
@@ -102,9 +94,7 @@ class DeviceRuntime:
     ) -> None:
         self.lock = threading.RLock()
         self._experts = experts
-        self._stream = stream
-        self._layouts = layouts
-        self._sum_rules = sum_rules
+        self._prefill = prefill
         self._block_bytes = block_bytes
         self._metrics = metrics
         self._name_experts = name_experts
@@ -173,8 +163,7 @@ class DeviceRuntime:
             (T, H); with the twins bit for bit what the host's loop gives.
 
         Cost:
-            For one token no host sync, with kernels; for more than the slots can serve one, to
-            group them by expert.
+            For a step no host sync, with kernels; for more than the slots can serve one.
         """
         routing = Routing(top_k_index, top_k_weights)
         with self.lock, on_device(hidden_states.device):
@@ -186,7 +175,7 @@ class DeviceRuntime:
             self._join(layer)
             executed = self._decide(layer, routing)
             if not self._is_step(layer, *top_k_index.shape):
-                return self._run_long(layer, experts, hidden_states, routing)
+                return self._prefill.run(layer, experts, hidden_states, routing)
             if residual is not None:
                 other = None if executed is routing else executed
                 self._prefetch_next(RoutingEvent(0, layer, residual, *routing, other))
@@ -248,7 +237,7 @@ class DeviceRuntime:
     def _prefetch_next(self, event: RoutingEvent) -> None:
         """Bring, beside this layer's computation, what the next one will probably want."""
         layer = event.layer + 1
-        if layer >= len(self._layouts):
+        if layer >= len(self._experts.tables.num_slots):
             return
         self._join(layer)
         with self._side.forked():
@@ -279,23 +268,3 @@ class DeviceRuntime:
         prefetch = self._open.pop(layer, None)
         if prefetch is not None:
             self._side.join(prefetch.mark)
-
-    def _run_long(
-        self, layer: int, experts: Any, hidden_states: Tensor, routing: Routing
-    ) -> Tensor:
-        """Run experts from the stream, ascending; leave the last token's in the slots."""
-        index, weights = routing
-        groups = group_by_expert(index, experts.num_experts)
-        outputs = {}
-        blocks = self._stream.bring(layer, [group.expert for group in groups])
-        for group, block in zip(groups, blocks, strict=True):
-            parameters = unpack_expert(self._layouts[layer], block)
-            output = expert_forward(experts, hidden_states[group.token], parameters)
-            outputs[group.expert] = output * weights[group.token, group.position, None]
-        metrics = self._metrics
-        metrics.num_steps += layer == 0
-        metrics.num_misses += len(groups)
-        metrics.demand_bytes += len(groups) * self._block_bytes
-        # What comes next resembles the last token more than nothing at all.
-        self._experts.prefetch(layer, index[-1:])
-        return accumulate(hidden_states, weights.dtype, groups, outputs, self._sum_rules[layer])
