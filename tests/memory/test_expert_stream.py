@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from foreload.memory.expert_stream import ExpertStream
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from foreload.ops.grouped import Chunk
 
 CPU = torch.device("cpu")
@@ -27,6 +30,10 @@ def check(chunk: Chunk, host: torch.Tensor) -> list[int]:
     return list(chunk.experts)
 
 
+def check_all(chunks: Iterable[Chunk], host: torch.Tensor) -> list[int]:
+    return [expert for chunk in chunks for expert in check(chunk, host)]
+
+
 @pytest.mark.parametrize("chunk_blocks", [1, 2, 3, 8])
 @pytest.mark.parametrize("experts", [[], [4], [0, 1], [0, 2, 3, 5, 6, 7], [7, 6, 0]])
 def test_every_block_is_the_experts(chunk_blocks: int, experts: list[int]) -> None:
@@ -34,9 +41,9 @@ def test_every_block_is_the_experts(chunk_blocks: int, experts: list[int]) -> No
     stream = ExpertStream(host, CPU, chunk_blocks=chunk_blocks)
     assert stream.num_bytes == 2 * chunk_blocks * 32
     for layer in (1, 0):
-        found = [check(chunk, host[layer]) for chunk in stream.bring(layer, experts)]
-        assert sum(found, []) == experts
-        assert all(len(chunk) == chunk_blocks for chunk in found[:-1])
+        chunks = [check(chunk, host[layer]) for chunk in stream.bring(layer, experts)]
+        assert list(itertools.chain(*chunks)) == experts
+        assert all(len(chunk) == chunk_blocks for chunk in chunks[:-1])
 
 
 def test_a_chunk_stays_while_it_is_used_and_the_next_one_travels() -> None:
@@ -51,9 +58,7 @@ def test_a_chunk_stays_while_it_is_used_and_the_next_one_travels() -> None:
 
 @pytest.mark.parametrize("wanted", [list(range(8)), [0, 2, 3, 7], [1, 5], [6, 7], []])
 @pytest.mark.parametrize("chunk_blocks", [3, 8])
-def test_the_next_layers_first_experts_are_sent_ahead(
-    wanted: list[int], chunk_blocks: int
-) -> None:
+def test_the_next_layers_first_experts_are_sent_ahead(wanted: list[int], chunk_blocks: int) -> None:
     host = random_host()
     stream = ExpertStream(host, CPU, chunk_blocks=chunk_blocks)
     missing = [0, 1, 2, 4, 5]
@@ -65,11 +70,10 @@ def test_the_next_layers_first_experts_are_sent_ahead(
     host[1, ahead] += 1
     chunks = stream.bring(1, wanted, then=(2, [7]))
     host[1, ahead] -= 1
-    found = sum((check(chunk, host[1]) for chunk in chunks), [])
-    assert sorted(found) == wanted
+    assert sorted(check_all(chunks, host[1])) == wanted
     assert stream.num_unused == len(set(ahead) - set(wanted))
     # Another layer is asked than the one that was expected.
-    assert sum((check(chunk, host[0]) for chunk in stream.bring(0, [7, 1])), []) == [7, 1]
+    assert check_all(stream.bring(0, [7, 1]), host[0]) == [7, 1]
     assert stream.num_unused == len(set(ahead) - set(wanted)) + 1
 
 

@@ -15,6 +15,7 @@ from foreload.model.device_plan import (
     draft_layouts,
     kv_bytes_per_token,
     most_step_tokens,
+    stream_blocks,
 )
 from foreload.model.hf import load_model
 from foreload.ops.device_experts import MAX_TOKENS
@@ -105,3 +106,8 @@ def test_a_draft_whose_groups_do_not_fit_is_refused(loaded: LoadedModel) -> None
 def test_slots_bound_the_tokens_of_a_step(loaded: LoadedModel) -> None:
     found = [most_step_tokens(number, loaded.spec) for number in (3, 4, 8, 15, 16)]
     assert found == [0, 1, 2, 3, MAX_TOKENS], "four experts a token, of sixteen"
+
+
+def test_long_inputs_stream_through_buffers_of_64_mib_or_less() -> None:
+    sizes = [9 << 20, 1 << 20, 4096, 352 << 20]
+    assert [stream_blocks(128, size) for size in sizes] == [7, 64, 128, 1]

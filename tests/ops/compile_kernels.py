@@ -2,7 +2,7 @@
 
 Run as a script with `tests` on the path and without Triton's interpreter: launches are recorded,
 not made. One line per variant, with the widest loads and stores of global memory in bits,
-registers and spills.
+shared memory, registers and spills.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from foreload.ops import triton_kernels as kernels
+from foreload.ops import triton_grouped_kernels, triton_kernels
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import StoredFormat, expert_layout
+from foreload.ops.grouped import Chunk, SortedPairs, sort_pairs
 from foreload.ops.reference import SumRule
 from foreload.ops.triton import TritonKernels
+from foreload.ops.triton_grouped import TritonGrouped
 from foreload.types import Routing
 from plain_experts import KINDS, PlainExperts, shapes_of
 
@@ -77,11 +79,11 @@ class Recorder:
             return
         source = triton.compiler.ASTSource(self.kernel, signature, constexprs, attributes)
         made = triton.compile(source, target=self.target, options={"num_warps": num_warps})
-        self.seen[key] = describe(made.asm["ptx"], self.target.arch)
+        self.seen[key] = describe(made.asm["ptx"], self.target.arch, made.metadata.shared)
 
 
-def describe(ptx: str, capability: int) -> dict[str, Any]:
-    """Tell what the machine will do: widths of loads and stores, registers, spills."""
+def describe(ptx: str, capability: int, shared: int) -> dict[str, Any]:
+    """Tell what the machine will do: widths of loads and stores, shared memory, registers."""
 
     def widest(operation: str) -> int:
         found = re.findall(rf"{operation}\.global[.\w]*?(?:\.v(\d))?\.b(\d+)", ptx)
@@ -102,6 +104,7 @@ def describe(ptx: str, capability: int) -> dict[str, Any]:
     return {
         "load_bits": max(widest("ld"), copied),
         "store_bits": widest("st"),
+        "shared_bytes": shared,
         "registers": int(registers[1]) if registers else -1,
         "spilled_bytes": int(spilled[1]) if spilled else -1,
     }
@@ -128,6 +131,15 @@ def run(
         hidden = torch.zeros(num_tokens, sizes[0], dtype=dtype)
         device.run(0, experts, hidden, Routing(index, weights))
         device.prefetch(0, index)
+    # So many tokens that a program has the least rows, and so many that it has the most.
+    for num_tokens in (17, 1024):
+        index = torch.arange(num_tokens * 8).view(num_tokens, 8) % experts.num_experts
+        hidden = torch.zeros(num_tokens, sizes[0], dtype=dtype)
+        order, starts = sort_pairs(index, experts.num_experts)
+        chunk = Chunk(range(experts.num_experts), host[0], range(experts.num_experts))
+        routing = Routing(index, torch.zeros(index.shape, dtype=dtype))
+        pairs = SortedPairs(order, starts.tolist())
+        TritonGrouped().forward(device.memory(0), pairs, [chunk], experts, hidden, routing)
 
 
 def main() -> None:
@@ -136,10 +148,11 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=[stored.value for stored in StoredFormat])
     parser.add_argument("--sizes", nargs=2, type=int, default=[2048, 768])
     arguments = parser.parse_args()
-    names = [name for name in kernels.__all__ if name.islower()]
-    recorders = {name: Recorder(getattr(kernels, name), arguments.capability) for name in names}
-    for name, recorder in recorders.items():
-        setattr(kernels, name, recorder)
+    recorders = {}
+    for module in (triton_kernels, triton_grouped_kernels):
+        for name in filter(str.islower, module.__all__):
+            recorders[name] = Recorder(getattr(module, name), arguments.capability)
+            setattr(module, name, recorders[name])
     for stored, kind in itertools.product(StoredFormat, ("gated", "ungated", "gpt-oss")):
         if stored.value not in arguments.formats:
             continue

@@ -18,7 +18,6 @@ from plain_experts import KINDS, PlainExperts, random_weights, shapes_of
 
 pytest.importorskip("triton", reason="the triton extra is not installed")
 
-from foreload.ops.triton import Tile
 from foreload.ops.triton_grouped import TritonGrouped, choose_grouped_tile
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foreload.ops.device_layout import MatrixLayout
+    from foreload.ops.triton import Tile
 
 IS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if IS_GPU else "cpu"
@@ -99,9 +99,7 @@ class Pair:
         assert found.dtype == true.dtype
         scale = max(true[true.isfinite()].abs().max().item(), 1e-30)
         atol = TOLERANCES[self.dtype] * scale
-        torch.testing.assert_close(
-            found.float(), true.float(), rtol=0, atol=atol, equal_nan=True
-        )
+        torch.testing.assert_close(found.float(), true.float(), rtol=0, atol=atol, equal_nan=True)
         return found
 
 
