@@ -261,6 +261,7 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
             available_bytes=max(host, 0),
             setting="host_memory",
         )
+    # Two buffers that long inputs stream their experts through.
     streamed = 2 * stream_blocks(spec.num_experts, size) * size
     if device.type == "cuda":
         room, spare = _device_room(device, loaded, streamed)

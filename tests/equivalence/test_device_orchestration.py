@@ -99,7 +99,8 @@ def test_logits_are_those_of_the_hosts_loop(
         stats = device.stats
         assert stats["num_steps"] == NUM_DECODED + 1
         assert stats["hit_rate"] is not None
-        assert stats["prefetch_precision"] is not None
+        if budget != "tight":
+            assert stats["prefetch_precision"] is not None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

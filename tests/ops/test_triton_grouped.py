@@ -112,21 +112,21 @@ def draw(num_tokens: int, top_k: int, experts: list[int]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layout_computes_what_the_twin_does(kind: str) -> None:
     pair = Pair(KINDS[kind], StoredFormat.FLOAT32, torch.float32, (37, 21))
-    # One expert has no token, and one has most of them.
-    index = draw(17, 2, [0, 1, 2, 4, 5])
+    # Experts without a token, and one that has most of them.
+    index = draw(19, 2, [0, 2, 3])
     index[3:, 0] = 5
     pair.run(index)
 
 
 @pytest.mark.parametrize("stored", StoredFormat, ids=lambda stored: stored.value)
-@pytest.mark.parametrize("kind", ["gated", "gpt-oss"])
+@pytest.mark.parametrize("kind", ["gated", "gpt-oss"] if IS_GPU else ["gpt-oss"])
 def test_every_format_computes_what_the_twin_does(kind: str, stored: StoredFormat) -> None:
     # FP8 has squares that end inside the matrix, and two in a row.
     sizes = {StoredFormat.FP8: (150, 40)}.get(stored, (41, 19) if stored.is_plain else (96, 32))
     dtype = stored.code_dtype if stored.is_plain else torch.float32
     if dtype == torch.bfloat16 and not IS_GPU:
         pytest.skip("the interpreter cannot multiply matrices of bfloat16")
-    Pair(KINDS[kind], stored, dtype, sizes).run(draw(19, 2, [0, 2, 3, 5]))
+    Pair(KINDS[kind], stored, dtype, sizes).run(draw(19, 2, [0, 3, 5]))
 
 
 @pytest.mark.parametrize("num_tokens", [18, 33, 64, 101])

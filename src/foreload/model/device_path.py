@@ -117,6 +117,7 @@ class DevicePath:
         layouts = device_layouts(loaded)
         size = block_bytes(layouts)
         self._host = HostArena(spec.num_moe_layers, spec.num_experts, size, limit_bytes=limit_bytes)
+        self._device = device
         self._steps: StepGraphs | None = None
         self.drafter: DeviceSelfDraft | None = None
         try:
@@ -193,6 +194,8 @@ class DevicePath:
         """Let go of steps and memory; may be called twice."""
         if self._steps is not None:
             self._steps.release()
+        # Where a forward was broken off a copy may still be on its way.
+        cuda.wait_idle(self._device)
         self._host.release()
 
     def _make_prefill(self, device: torch.device, size: int, metrics: Metrics) -> DevicePrefill:
