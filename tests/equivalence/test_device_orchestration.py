@@ -13,6 +13,7 @@ import torch
 import zoo
 from fakes import make_engine
 from foreload.errors import ForeloadError
+from foreload.model import device_plan
 from foreload.model.device_plan import block_bytes, device_layouts
 from foreload.model.kv_cache import make_static_cache
 from foreload.model.source import resolve_model
@@ -161,10 +162,15 @@ def test_speculation_executes_what_the_hosts_loop_executes(
         assert not device._device.runtime._guessed  # type: ignore[union-attr]
 
 
-def test_long_prompts_in_chunks(checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize("streamed", ["one by one", "whole layers"])
+def test_long_prompts_in_chunks(
+    checkpoints: dict[str, Path], streamed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunks of every kind: such as the slots can serve, and such as are streamed past them."""
+    if streamed == "one by one":
+        monkeypatch.setattr(device_plan, "_CHUNK_BYTES", 1)
     prompt = [3 + (7 * place) % 150 for place in range(70)]
-    for chunk in (1, 2, 16, 17, 64):
+    for chunk in (1, 2, 16, 17, 64) if streamed == "whole layers" else (17, 64):
         host, device = open_pair(checkpoints["qwen3_moe"], "50%", prefill_chunk=chunk)
         with host, device:
             wanted = host.generate(prompt, max_new_tokens=8)

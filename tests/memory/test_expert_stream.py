@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from foreload.memory.expert_stream import ExpertStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from foreload.ops.grouped import Chunk
 
@@ -87,6 +88,41 @@ def test_a_stream_left_in_the_middle_begins_afresh() -> None:
     found = [check(chunk, host[1]) for chunk in stream.bring(1, [0, 1, 6])]
     assert found == [[0, 1], [6]]
     assert stream.num_unused == 0
+
+
+class PaperSide:
+    """Writes down what is begun beside the computation, and what waits for what."""
+
+    def __init__(self, done: list[str]) -> None:
+        self.done = done
+        self.begun = 0
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        self.done.append(f"copy {self.begun}")
+        yield
+
+    def mark(self) -> int:
+        self.begun += 1
+        return self.begun - 1
+
+    def join(self, mark: int) -> None:
+        self.done.append(f"wait {mark}")
+
+
+def test_copies_run_one_chunk_ahead_and_behind_what_reads_their_buffer() -> None:
+    stream = ExpertStream(random_host(), CPU, chunk_blocks=2)
+    done: list[str] = []
+    stream._side = PaperSide(done)  # type: ignore[assignment]
+    for number, _ in enumerate(stream.bring(0, [0, 1, 2, 3, 4, 5], then=(1, [0]))):
+        done.append(f"compute {number}")
+    first = ["copy 0", "copy 1", "wait 0", "compute 0", "copy 2", "wait 1", "compute 1"]
+    assert done == [*first, "copy 3", "wait 2", "compute 2"]
+    # What was sent ahead is waited for where it is used.
+    done.clear()
+    for _ in stream.bring(1, [0, 1]):
+        done.append("compute")
+    assert done == ["copy 4", "wait 3", "compute", "wait 4", "compute"]
 
 
 def test_no_block_is_too_few() -> None:
