@@ -137,7 +137,7 @@ def test_the_last_token_takes_slots_and_empty_ones_are_filled_with_whom_the_last
 ):
     setup = Setup(num_slots=4)
     # Long ago everybody wanted 1; lately more tokens wanted 4 than 5, and the last one 2 and 0.
-    setup.run(0, tokens((1, 3), *[(4, 5)] * 40, *[(4, 3)] * 23, (2, 0), num=150))
+    setup.run(0, tokens((1, 3), *[(4, 5)] * 20, *[(4, 3)] * 11, (2, 0), num=150))
     assert setup.residents(0) == {0, 2, 4, 5}
     stamp, slot_of = setup.slots.tables.stamp[0], setup.slots.tables.slot_of[0]
     assert [int(stamp[slot_of[expert]]) for expert in (0, 2, 4, 5)] == [1, 1, 0, 0]

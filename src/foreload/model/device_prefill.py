@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DevicePrefill"]
 
-_RECENT_TOKENS = 64
-"""Last tokens of an input, whose experts come before others where slots are empty."""
+_RECENT_TOKENS = 32
+"""Last tokens of an input, whose experts come before others where slots are empty. On two real
+traces, 38 slots for 128 experts, a prompt of 92 tokens: in the 16 tokens behind it 1.67 and 1.99
+misses per layer and token where only the last token's experts stay, 0.67 and 0.87 with those that
+the whole prompt wants most, 0.45 and 0.82 with those of its last 32 tokens; November 2026."""
 
 _AHEAD_SHARE = 0.9
 """Share of a layer's experts from which on the next layer is taken to want all of its own."""
@@ -101,8 +104,7 @@ class DevicePrefill:
         # A visit like any other to the last token: what comes next resembles it more than nothing.
         self._experts.visit(layer, index[-1:], starts[1:] > starts[:-1], num_experts=num_experts)
         plan = self._make_plan(layer, index, order, starts)
-        unused = self._stream.num_unused
-        output = self._kernels.forward(
+        return self._kernels.forward(
             self._experts.memory(layer),
             plan.pairs,
             self._chunks(layer, plan),
@@ -110,11 +112,6 @@ class DevicePrefill:
             hidden_states,
             routing,
         )
-        unused = self._stream.num_unused - unused
-        self._metrics.num_prefetched += unused
-        self._metrics.prefetch_bytes += unused * self._block_bytes
-        self._metrics.wasted_bytes += unused * self._block_bytes
-        return output
 
     def _make_plan(self, layer: int, index: Tensor, order: Tensor, starts: Tensor) -> _Plan:
         """Ask the device who is wanted and who is where, and decide; the one sync."""
@@ -125,7 +122,9 @@ class DevicePrefill:
         recent = torch.zeros_like(starts).index_add_(0, last, torch.ones_like(last))
         asked = (starts, recent, tables.slot_of[layer], tables.slot_of[following])
         told = iter(torch.cat(asked).tolist())
-        begin, wanted_by, slot_of, next_slot_of = ([next(told) for _ in part] for part in asked)
+        begin, wanted_by, slot_of, next_slot_of = (
+            list(itertools.islice(told, len(part))) for part in asked
+        )
 
         counts = [end - start for start, end in itertools.pairwise(begin)]
         wanted = [expert for expert, count in enumerate(counts) if count]
@@ -147,7 +146,12 @@ class DevicePrefill:
 
     def _chunks(self, layer: int, plan: _Plan) -> Iterator[Chunk]:
         """Give every wanted expert once, those in slots while the first others travel."""
+        unused = self._stream.num_unused
         arriving = self._stream.bring(layer, plan.missing, then=plan.then)
+        unused = self._stream.num_unused - unused
+        self._metrics.num_prefetched += unused
+        self._metrics.prefetch_bytes += unused * self._block_bytes
+        self._metrics.wasted_bytes += unused * self._block_bytes
         slots = self._experts.memory(layer).slots
         yield Chunk(plan.residents, slots, [plan.slot_of[expert] for expert in plan.residents])
         for chunk in arriving:

@@ -450,7 +450,7 @@ def activated_products(
     first,
     source,
     target,
-    is_miss,
+    is_kept,
     OFFSET: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     BIAS_OFFSET: tl.constexpr,
@@ -498,7 +498,7 @@ def activated_products(
         is_row,
         source,
         target,
-        is_miss,
+        is_kept,
         OFFSET,
         SCALE_OFFSET,
         NUM_ROWS,
@@ -517,7 +517,7 @@ def activated_products(
     )
     products = _round(products, DTYPE)
     if BIAS_OFFSET >= 0:
-        bias = _read(source, target, is_miss, row, is_row, BIAS_OFFSET, DTYPE)
+        bias = _read(source, target, is_kept, row, is_row, BIAS_OFFSET, DTYPE)
         products = _round(products + bias.to(tl.float32)[None, :], DTYPE)
 
     if is_pair:
