@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {
     "cli/terminal.py": "tests/cli/test_command.py",
     "cli/verb.py": "tests/cli/test_command.py",
     "evaluate.py": "tests/cli/test_evaluate.py",
+    "ops/triton_grouped_kernels.py": "tests/ops/test_triton_grouped.py",
     "ops/triton_kernels.py": "tests/ops/test_triton.py",
     "ops/triton_slots.py": "tests/ops/test_triton.py",
     "train_estimator.py": "tests/cli/test_train_estimator.py",
@@ -34,6 +35,8 @@ TESTED_ELSEWHERE = {
 NEEDS_EXTRA = {
     "lm_eval.py": "lm_eval",
     "ops/triton.py": "triton",
+    "ops/triton_grouped.py": "triton",
+    "ops/triton_grouped_kernels.py": "triton",
     "ops/triton_kernels.py": "triton",
     "ops/triton_present.py": "triton",
     "ops/triton_slots.py": "triton",

@@ -215,7 +215,8 @@ class TestDevice:
         resolved = resolve(config(expert_memory="auto"), loaded)
         assert (resolved.device, resolved.orchestration) == ("cuda:0", "device")
         assert resolved.expert_memory == 16 * slot
-        kept = loaded.spec.dense_bytes + 4 * block_bytes(device_layouts(loaded)) + (1 << 30)
+        streamed = 2 * loaded.spec.num_experts * block_bytes(device_layouts(loaded))
+        kept = loaded.spec.dense_bytes + streamed + (1 << 30)
         kept += 512 * kv_bytes_per_token(loaded)
         monkeypatch.setattr(cuda, "free_bytes", lambda device: kept + 5 * slot + 1)
         assert resolve(config(expert_memory="auto"), loaded).expert_memory == 5 * slot

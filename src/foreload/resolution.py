@@ -22,6 +22,7 @@ from foreload.model.device_plan import (
     device_layouts,
     draft_layouts,
     kv_bytes_per_token,
+    stream_blocks,
 )
 from foreload.model.draft import (
     DRAFT_BITS,
@@ -64,9 +65,6 @@ _CONTEXT_TOKENS = 8192
 
 _LOCKED_PERCENT = 75
 """Share of the free host memory that host_memory="auto" locks: it can no longer be swapped out."""
-
-_STREAMED_BLOCKS = 4
-"""Blocks on the device through which long inputs stream their experts."""
 
 
 def default_cache_dir() -> Path:
@@ -275,10 +273,12 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
             available_bytes=max(host, 0),
             setting="host_memory",
         )
+    # Two buffers that long inputs stream their experts through.
+    streamed = 2 * stream_blocks(spec.num_experts, size) * size
     if device.type == "cuda":
-        room, spare = _device_room(device, loaded, _STREAMED_BLOCKS * size)
+        room, spare = _device_room(device, loaded, streamed)
     else:
-        room = available - whole
+        room = available - whole - streamed
         spare = room - _MARGIN_BYTES
     budget = _device_budget(config, whole, room, spare, draft_bytes=drafted)
     # What has no slot is read from host memory each time, so one slot per layer will do.

@@ -44,7 +44,7 @@ def signature(value: Any) -> Any:
 
 
 class Launches:
-    """Stands in for the module of kernels: keeps what is launched, by phase."""
+    """Stands in for the modules of kernels: keeps what is launched, by phase."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.by_phase: dict[str, list[Any]] = {}
@@ -115,7 +115,8 @@ def test_a_capture_launches_what_its_warm_up_launched(
     with path.lend_step(64) as step:
         assert step is not None
         engine._prefill(torch.tensor([PROMPT]), step.cache)
-        monkeypatch.setattr(triton_module, "kernels", launches.module)
+        for name in ("kernels", "slot_kernels"):
+            monkeypatch.setattr(triton_module, name, launches.module)
         path._experts._kernels = TritonKernels()
         steps = [step]
         drafter = path.drafter

@@ -145,6 +145,42 @@ def test_drafting_and_verifying_ask_nothing(
             assert not watch.asked
 
 
+class QuietGrouped:
+    """Gives zeros for experts, once they have all come."""
+
+    def forward(
+        self, memory: Any, pairs: Any, chunks: Any, experts: Any, hidden_states: Tensor, *_: Any
+    ) -> Tensor:
+        assert sum(len(chunk.experts) for chunk in chunks) > 2
+        return torch.zeros_like(hidden_states)
+
+
+def test_a_long_input_asks_once_per_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
+    checkpoint = zoo.save_family("qwen3_moe", tmp_path / "model", torch.float32)
+    asked: list[torch.Size] = []
+
+    def tolist(tensor: Tensor) -> Any:
+        asked.append(tensor.shape)
+        return told(tensor)
+
+    told = torch.Tensor.tolist
+    with make_engine(
+        checkpoint.path, device="cpu", orchestration="device", expert_memory="50%"
+    ) as engine:
+        path = engine._device
+        assert path is not None
+        path._experts._kernels = QuietKernels()
+        path.runtime._prefill._kernels = QuietGrouped()
+        cache = engine.make_cache()
+        tokens = torch.tensor([list(range(3, 40))])
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+        with Watch() as watch, torch.inference_mode():
+            engine.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        assert not watch.asked
+        assert len(asked) == engine.spec.num_moe_layers
+
+
 def test_the_watch_sees_what_asks() -> None:
     with Watch() as watch:
         value = torch.ones(3)

@@ -14,6 +14,7 @@ import torch
 import zoo
 from fakes import make_engine
 from foreload.errors import ForeloadError
+from foreload.model import device_plan
 from foreload.model.device_plan import block_bytes, device_layouts
 from foreload.model.kv_cache import make_static_cache
 from foreload.model.source import resolve_model
@@ -282,10 +283,15 @@ def test_with_everything_in_the_slots_nothing_is_done_without(
         assert found.stats.speculated_fraction == 0
 
 
-def test_long_prompts_in_chunks(checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize("streamed", ["one by one", "whole layers"])
+def test_long_prompts_in_chunks(
+    checkpoints: dict[str, Path], streamed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunks of every kind: such as are steps, and such as are streamed past the slots."""
+    if streamed == "one by one":
+        monkeypatch.setattr(device_plan, "_CHUNK_BYTES", 1)
     prompt = [3 + (7 * place) % 150 for place in range(70)]
-    for chunk in (1, 2, 16, 17, 64):
+    for chunk in (1, 2, 16, 17, 64) if streamed == "whole layers" else (17, 64):
         budget = "one" if chunk == 16 else "50%"
         host, device = open_pair(checkpoints["qwen3_moe"], budget, prefill_chunk=chunk)
         with host, device:

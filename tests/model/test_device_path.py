@@ -10,6 +10,7 @@ import torch
 from fakes import make_engine
 from foreload import engine as engine_module
 from foreload.errors import CapacityError, ConfigError, TransferError
+from foreload.memory import cuda
 from foreload.memory.host_arena import HostArena
 from foreload.model import device_path
 from foreload.model.device_plan import device_layouts
@@ -137,6 +138,23 @@ def test_an_interrupted_opening_leaves_nothing_behind(
     with pytest.raises(TransferError):
         open_device(tiny_checkpoint)
     assert released
+
+
+def test_host_memory_stays_until_the_device_has_nothing_left_to_copy(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    own_release = HostArena.release
+
+    def release(self: HostArena) -> None:
+        done.append("released")
+        own_release(self)
+
+    engine = open_device(tiny_checkpoint)
+    monkeypatch.setattr(HostArena, "release", release)
+    monkeypatch.setattr(cuda, "wait_idle", lambda device: done.append(str(device)))
+    engine.close()
+    assert done[:2] == ["cpu", "released"]
 
 
 def test_a_model_without_a_static_cache_runs_without_steps(

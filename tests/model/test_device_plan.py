@@ -14,6 +14,7 @@ from foreload.model.device_plan import (
     device_layouts,
     draft_layouts,
     kv_bytes_per_token,
+    stream_blocks,
 )
 from foreload.model.hf import load_model
 from foreload.ops.device_layout import StoredFormat
@@ -98,3 +99,8 @@ def test_a_draft_whose_groups_do_not_fit_is_refused(loaded: LoadedModel) -> None
     layouts = device_layouts(other)
     with pytest.raises(UnsupportedModelError, match="has no int4 draft"):
         draft_layouts(other, layouts, "int4")
+
+
+def test_long_inputs_stream_through_buffers_of_64_mib_or_less() -> None:
+    sizes = [9 << 20, 1 << 20, 4096, 352 << 20]
+    assert [stream_blocks(128, size) for size in sizes] == [7, 64, 128, 1]

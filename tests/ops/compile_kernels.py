@@ -2,7 +2,7 @@
 
 Run as a script with `tests` on the path and without Triton's interpreter: launches are recorded,
 not made. One line per variant, with the widest loads and stores of global memory in bits,
-registers and spills.
+shared memory, registers and spills.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from foreload.ops import triton_kernels, triton_present, triton_slots
+from foreload.ops import triton_grouped_kernels, triton_kernels, triton_present, triton_slots
 from foreload.ops.device_experts import DeviceExperts
 from foreload.ops.device_layout import StoredFormat, expert_layout
+from foreload.ops.grouped import Chunk, SortedPairs, sort_pairs
 from foreload.ops.reference import SumRule
 from foreload.ops.scores import LayerScores, ScoreRule
 from foreload.ops.triton import TritonKernels
+from foreload.ops.triton_grouped import TritonGrouped
 from foreload.types import Routing
 from plain_experts import KINDS, PlainExperts, shapes_of
 
@@ -78,11 +80,11 @@ class Recorder:
             return
         source = triton.compiler.ASTSource(self.kernel, signature, constexprs, attributes)
         made = triton.compile(source, target=self.target, options={"num_warps": num_warps})
-        self.seen[key] = describe(made.asm["ptx"], self.target.arch)
+        self.seen[key] = describe(made.asm["ptx"], self.target.arch, made.metadata.shared)
 
 
-def describe(ptx: str, capability: int) -> dict[str, Any]:
-    """Tell what the machine will do: widths of loads and stores, registers, spills."""
+def describe(ptx: str, capability: int, shared: int) -> dict[str, Any]:
+    """Tell what the machine will do: widths of loads and stores, shared memory, registers."""
 
     def widest(operation: str) -> int:
         found = re.findall(rf"{operation}\.global[.\w]*?(?:\.v(\d))?\.b(\d+)", ptx)
@@ -103,6 +105,7 @@ def describe(ptx: str, capability: int) -> dict[str, Any]:
     return {
         "load_bits": max(widest("ld"), copied),
         "store_bits": widest("st"),
+        "shared_bytes": shared,
         "registers": int(registers[1]) if registers else -1,
         "spilled_bytes": int(spilled[1]) if spilled else -1,
     }
@@ -139,6 +142,15 @@ def run(
             rule=rule,
             logits=torch.zeros(1, experts.num_experts),
         )
+    # So many tokens that a program has the least rows, and so many that it has the most.
+    for num_tokens in (17, 1024):
+        index = torch.arange(num_tokens * 8).view(num_tokens, 8) % experts.num_experts
+        hidden = torch.zeros(num_tokens, sizes[0], dtype=dtype)
+        order, starts = sort_pairs(index, experts.num_experts)
+        chunk = Chunk(range(experts.num_experts), host[0], range(experts.num_experts))
+        routing = Routing(index, torch.zeros(index.shape, dtype=dtype))
+        pairs = SortedPairs(order, starts.tolist())
+        TritonGrouped().forward(device.memory(0), pairs, [chunk], experts, hidden, routing)
 
 
 def main() -> None:
@@ -148,7 +160,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs=2, type=int, default=[2048, 768])
     arguments = parser.parse_args()
     recorders = {}
-    for module in (triton_slots, triton_kernels, triton_present):
+    for module in (triton_slots, triton_kernels, triton_present, triton_grouped_kernels):
         for name in module.__all__:
             kernel = getattr(module, name)
             if isinstance(kernel, triton.runtime.JITFunction):

@@ -18,6 +18,7 @@ from foreload.ops.device_layout import (
     unpack_expert,
 )
 from foreload.ops.device_tables import Counters
+from foreload.ops.grouped import Chunk
 from foreload.ops.reference import SumRule
 from foreload.types import Routing
 from plain_experts import KINDS, PlainExperts, random_weights, reference, shapes_of
@@ -163,22 +164,47 @@ def test_a_module_may_have_fewer_experts_than_the_layer_with_most() -> None:
 def test_steps_too_long_are_refused() -> None:
     experts = KINDS["gated"]
     device = make(experts)
-    with pytest.raises(ValueError, match="experts_from"):
+    with pytest.raises(ValueError, match="the most are 16"):
         device.run(0, experts, rows(MAX_TOKENS + 1), route([[0, 1]] * (MAX_TOKENS + 1)))
     assert device.read_counters() == [Counters(0, 0, 0, 0)]
 
 
-def test_long_inputs_run_from_one_buffer_and_leave_the_slots_alone() -> None:
-    experts = KINDS["gpt-oss"]
-    layout = lay_out(experts, StoredFormat.FLOAT32, torch.float32, (16, 8))
-    host = make_host(experts, layout, (16, 8))
-    device = DeviceExperts([layout], host, num_slots=[2], sum_rules=[SumRule.HIDDEN], device="cpu")
-    index = torch.randint(0, 7, (50, TOP_K), generator=torch.Generator().manual_seed(3)).tolist()
-    routing, hidden = route(index), rows(50)
-    weights = [unpack_expert(layout, block) for block in host[0]]
-    found = device.experts_from(host[0], 0, experts, hidden, routing)
-    assert torch.equal(found, reference(experts, weights, hidden, routing, SumRule.HIDDEN))
-    assert (device.tables.slot_of == -1).all()
+def test_a_long_inputs_visit_serves_its_last_token_and_counts_the_others() -> None:
+    experts = KINDS["gated"]
+    device = make(experts)
+    device.run(0, experts, rows(1), route([[0, 1]]))
+    device.prefetch(0, torch.tensor([[2, 3]]))
+    is_wanted = torch.tensor([True, False, True, False, True, True])
+    device.visit(0, torch.tensor([[5, 2]]), is_wanted, num_experts=6)
+    device.tables.check()
+    # Expert 2 was there, 5 was not and took the place of one of the stalest; 0 is counted, 4 too.
+    assert device.tables.slot_of[0].tolist() in ([-1, 1, 2, 3, -1, 0], [0, -1, 2, 3, -1, 1])
+    slot = int(device.tables.slot_of[0, 5])
+    assert torch.equal(device.memory(0).slots[slot], device.memory(0).host[5])
+    counters = device.read_counters()[0]
+    assert counters.hits + counters.misses == 6
+    assert counters.misses == (4 if slot else 5)
+    assert counters.used_prefetches == 1
+    # A guess that somebody else than the last token wanted was right as well, and once.
+    for _ in range(2):
+        device.visit(0, torch.tensor([[9, 9]]), torch.arange(5) == 3, num_experts=5)
+        assert device.read_counters()[0].used_prefetches == 2
+        assert not device.tables.is_fresh.any()
+    assert device.read_counters()[0].hits == counters.hits + 2
+    assert int(device.tables.clock[0]) == 4, "each is a visit like any other"
+
+
+def test_what_comes_by_is_held_in_empty_slots() -> None:
+    experts = KINDS["gated"]
+    device = make(experts)
+    device.run(0, experts, rows(1), route([[0, 1]]))
+    blocks = device.memory(0).host.clone()
+    device.hold(0, Chunk([5, 2, 4], blocks, [5, 2, 4]), {5: 3, 4: 2})
+    device.tables.check()
+    assert device.tables.slot_of[0].tolist() == [0, 1, -1, -1, 2, 3]
+    device.memory(0).host.fill_(0xFF)
+    assert not device.run(0, experts, rows(1), route([[5, 4]])).isnan().any()
+    assert device.read_counters()[0] == Counters(2, 2, 0, 0)
 
 
 def test_slots_are_divided_anew_and_empty() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import zoo
-from foreload.ops.gating import Curve, Gating, find_gating
+from foreload.ops.gating import Curve, Gating, KnownGatings, find_gating
 from plain_experts import ClampedExperts, PlainExperts
 
 INFINITY = math.inf
@@ -60,3 +60,19 @@ def test_transformers_modules_are_known(family: str) -> None:
     assert gating.is_interleaved == (not experts.is_concatenated)
     products = 6 * torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(gating(products), experts._apply_gate(products))
+
+
+def test_a_module_is_tried_once() -> None:
+    calls = []
+
+    def watched(values: torch.Tensor) -> torch.Tensor:
+        calls.append(len(values))
+        return F.silu(values)
+
+    known = KnownGatings()
+    first, second = PlainExperts(act_fn=watched), PlainExperts(act_fn=torch.sin)
+    assert known.of(first) == Gating(Curve.SILU, True, False)
+    tried = len(calls)
+    assert known.of(second) is None
+    assert known.of(first) == Gating(Curve.SILU, True, False)
+    assert len(calls) == tried

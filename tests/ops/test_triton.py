@@ -389,9 +389,13 @@ def test_every_kernel_compiles_for_a_gpu_without_spilling_and_moves_16_bytes_at_
         "choose_among_present",
         "copy_blocks",
         "expert_products",
+        "grouped_products",
         "sum_experts",
+        "sum_pairs",
     }
     for line in lines:
         assert line["spilled_bytes"] == 0, line
         if line["kernel"] in ("copy_blocks", "expert_products"):
             assert (line["load_bits"], line["store_bits"]) == (128, 128), line
+        if line["kernel"] == "grouped_products":
+            assert line["load_bits"] == 128, line

@@ -17,8 +17,14 @@ from foreload.memory import cuda
 from foreload.memory.expert_stream import ExpertStream
 from foreload.memory.host_arena import HostArena
 from foreload.model.device_draft import DeviceDraft, quantise_experts
-from foreload.model.device_plan import block_bytes, device_layouts, draft_layouts
+from foreload.model.device_plan import (
+    block_bytes,
+    device_layouts,
+    draft_layouts,
+    stream_blocks,
+)
 from foreload.model.device_policy import DevicePolicy
+from foreload.model.device_prefill import DevicePrefill
 from foreload.model.device_runtime import DeviceRuntime
 from foreload.model.device_self_draft import DeviceSelfDraft
 from foreload.model.graph import StepGraphs
@@ -27,6 +33,7 @@ from foreload.model.sites import silenced_experts
 from foreload.model.slot_division import divide_slots
 from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
 from foreload.ops.device_layout import pack_expert
+from foreload.ops.grouped import TwinGrouped
 from foreload.ops.present import choose_present
 from foreload.schedule.governor import Governor
 
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from foreload.model.hf import LoadedModel
     from foreload.model.slot_division import SlotPlan
     from foreload.ops.device_experts import ExpertKernels
+    from foreload.ops.grouped import GroupedKernels
     from foreload.ops.reference import SumRule
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import TensorPredictor
@@ -116,6 +124,7 @@ class DevicePath:
         self._spec = spec
         self._num_requests = 0
         self._host = HostArena(spec.num_moe_layers, spec.num_experts, size, limit_bytes=limit_bytes)
+        self._device = device
         self._steps: StepGraphs | None = None
         self.drafter: DeviceSelfDraft | None = None
         try:
@@ -143,9 +152,7 @@ class DevicePath:
             self.policy = DevicePolicy(policy, device, rules, choose=_make_choice(device))
             self.runtime = DeviceRuntime(
                 self._experts,
-                ExpertStream(self._host.blocks, device),
-                layouts,
-                sum_rules,
+                self._make_prefill(device, size, metrics),
                 block_bytes=size,
                 metrics=metrics,
                 device=device,
@@ -227,7 +234,16 @@ class DevicePath:
         """Let go of steps and memory; may be called twice."""
         if self._steps is not None:
             self._steps.release()
+        # Where a forward was broken off a copy may still be on its way.
+        cuda.wait_idle(self._device)
         self._host.release()
+
+    def _make_prefill(self, device: torch.device, size: int, metrics: Metrics) -> DevicePrefill:
+        """Make what runs long inputs."""
+        host = self._host.blocks
+        stream = ExpertStream(host, device, chunk_blocks=stream_blocks(host.shape[1], size))
+        kernels = _make_grouped_kernels(device)
+        return DevicePrefill(self._experts, stream, kernels, block_bytes=size, metrics=metrics)
 
     def _make_drafter(
         self,
@@ -295,3 +311,12 @@ def _make_choice(device: torch.device) -> ChoosePresent:
     from foreload.ops import triton_present
 
     return triton_present.choose_present
+
+
+def _make_grouped_kernels(device: torch.device) -> GroupedKernels:
+    """Give what computes long inputs on a device."""
+    if device.type != "cuda":
+        return TwinGrouped()
+    from foreload.ops.triton_grouped import TritonGrouped
+
+    return TritonGrouped()

@@ -25,10 +25,14 @@ __all__ = [
     "device_layouts",
     "draft_layouts",
     "kv_bytes_per_token",
+    "stream_blocks",
 ]
 
 _FINE_GROUP = 16
 """Columns that share a draft's scale where not even 32 divide a matrix."""
+
+_CHUNK_BYTES = 64 << 20
+"""Copied at a time for long inputs, so that what each copy costs once does not count."""
 
 
 def device_layouts(loaded: LoadedModel) -> list[ExpertLayout]:
@@ -75,6 +79,18 @@ def draft_layouts(
 def block_bytes(layouts: list[ExpertLayout]) -> int:
     """Give the bytes of a block that any expert fits into."""
     return max(layout.num_bytes for layout in layouts)
+
+
+def stream_blocks(num_experts: int, size: int) -> int:
+    """Give the blocks of each of the two buffers through which long inputs stream their experts.
+
+    As many as 64 MiB hold, but one at least, and no more than a layer has.
+
+    Args:
+        num_experts: Experts per layer.
+        size: Bytes of a block.
+    """
+    return min(max(_CHUNK_BYTES // size, 1), num_experts)
 
 
 def kv_bytes_per_token(loaded: LoadedModel) -> int:

@@ -2,8 +2,8 @@
 
 Called by the model's forward through the experts interface, as `model.runtime` is on the host. A
 step of few tokens asks the host for nothing, so that it can be captured whole; long inputs, which
-want every expert anyway, stream them past the slots. What is executed for a single token is
-`model.device_policy`'s to say.
+want every expert anyway, are the business of `model.device_prefill`. What is executed for a single
+token is `model.device_policy`'s to say.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import torch
 
 from foreload.memory.cuda import SideStream, on_device, wait_idle
 from foreload.ops.device_experts import MAX_TOKENS
-from foreload.ops.device_layout import unpack_expert
-from foreload.ops.reference import accumulate, expert_forward, group_by_expert
 from foreload.types import Routing, RoutingEvent
 
 if TYPE_CHECKING:
@@ -25,12 +23,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from foreload.memory.expert_stream import ExpertStream
     from foreload.metrics import Metrics
     from foreload.model.device_policy import DevicePolicy
+    from foreload.model.device_prefill import DevicePrefill
     from foreload.ops.device_experts import DeviceExperts
-    from foreload.ops.device_layout import ExpertLayout
-    from foreload.ops.reference import SumRule
     from foreload.types import RouterOutput, TensorPredictor
 
     SeeRouting = Callable[[RoutingEvent, list[int]], None]
@@ -80,9 +76,7 @@ class DeviceRuntime:
 
     Args:
         experts: The slots.
-        stream: Brings experts past the slots.
-        layouts: Per MoE layer, how its experts lie in their blocks.
-        sum_rules: Per MoE layer, the element type its experts are summed in.
+        prefill: Runs inputs that want more than the slots can hold.
         block_bytes: Bytes that travel per expert.
         metrics: Where steps and lookups are counted, once they are asked for.
         device: Where the model is.
@@ -96,9 +90,7 @@ class DeviceRuntime:
     def __init__(
         self,
         experts: DeviceExperts,
-        stream: ExpertStream,
-        layouts: Sequence[ExpertLayout],
-        sum_rules: Sequence[SumRule],
+        prefill: DevicePrefill,
         *,
         block_bytes: int,
         metrics: Metrics,
@@ -108,9 +100,7 @@ class DeviceRuntime:
     ) -> None:
         self.lock = threading.RLock()
         self._experts = experts
-        self._stream = stream
-        self._layouts = layouts
-        self._sum_rules = sum_rules
+        self._prefill = prefill
         self._block_bytes = block_bytes
         self._metrics = metrics
         self._policy = policy
@@ -190,8 +180,7 @@ class DeviceRuntime:
             (T, H); with the twins bit for bit what the host's loop gives.
 
         Cost:
-            No host sync, with kernels; for more tokens than a step may have one, to group them by
-            expert.
+            No host sync, with kernels; for more tokens than a step may have one.
         """
         routing = Routing(top_k_index, top_k_weights)
         with self.lock, on_device(hidden_states.device):
@@ -212,7 +201,7 @@ class DeviceRuntime:
                 event = RoutingEvent(0, layer, residual, *routing, other)
                 self._prefetch_next(self._predictor, event)
             if len(top_k_index) > MAX_TOKENS:
-                return self._run_long(layer, experts, hidden_states, routing)
+                return self._prefill.run(layer, experts, hidden_states, routing)
             return self._experts.run(layer, experts, hidden_states, executed)
 
     def abandon(self) -> None:
@@ -265,7 +254,7 @@ class DeviceRuntime:
     def _prefetch_next(self, predictor: TensorPredictor, event: RoutingEvent) -> None:
         """Bring, beside this layer's computation, what the next one will probably want."""
         layer = event.layer + 1
-        if layer >= len(self._layouts) or len(event.top_k_index) != 1:
+        if layer >= len(self._experts.tables.num_slots) or len(event.top_k_index) != 1:
             predictor.route_next(event)
             return
         self._join(layer)
@@ -287,26 +276,6 @@ class DeviceRuntime:
         prefetch = self._open.pop(layer, None)
         if prefetch is not None:
             self._side.join(prefetch.mark)
-
-    def _run_long(
-        self, layer: int, experts: Any, hidden_states: Tensor, routing: Routing
-    ) -> Tensor:
-        """Run experts from the stream, ascending; leave the last token's in the slots."""
-        index, weights = routing
-        groups = group_by_expert(index, experts.num_experts)
-        outputs = {}
-        blocks = self._stream.bring(layer, [group.expert for group in groups])
-        for group, block in zip(groups, blocks, strict=True):
-            parameters = unpack_expert(self._layouts[layer], block)
-            output = expert_forward(experts, hidden_states[group.token], parameters)
-            outputs[group.expert] = output * weights[group.token, group.position, None]
-        metrics = self._metrics
-        metrics.num_steps += layer == 0
-        metrics.num_misses += len(groups)
-        metrics.demand_bytes += len(groups) * self._block_bytes
-        # What comes next resembles the last token more than nothing at all.
-        self._experts.prefetch(layer, index[-1:])
-        return accumulate(hidden_states, weights.dtype, groups, outputs, self._sum_rules[layer])
 
 
 def _likeliest_first(guess: RouterOutput) -> Tensor:

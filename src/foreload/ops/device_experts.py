@@ -2,7 +2,7 @@
 
 What to fetch and where to is decided where the routing is, on the device: with kernels a step
 never waits for the host, and can be captured whole. Without, the twins below do the same slowly.
-Streams are the caller's business, and so is reading all of a layer's experts for long inputs.
+Streams are the caller's business, and so are long inputs, which read slots and fill empty ones.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import torch
 from foreload.errors import ShapeError
 from foreload.ops.device_layout import unpack_expert
 from foreload.ops.device_tables import ABSENT, assign_prefetch, assign_slots, make_tables
+from foreload.ops.grouped import send_numbers
 from foreload.ops.reference import accumulate, expert_forward, group_by_expert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from foreload.ops.device_layout import ExpertLayout
     from foreload.ops.device_tables import Counters, DeviceTables, WorkList
+    from foreload.ops.grouped import Chunk
     from foreload.ops.reference import SumRule
     from foreload.types import Routing
 
@@ -252,7 +254,7 @@ class DeviceExperts:
         """
         num_tokens = hidden_states.shape[0]
         if num_tokens > MAX_TOKENS:
-            raise ValueError(f"a step of {num_tokens} tokens; use experts_from above {MAX_TOKENS}")
+            raise ValueError(f"a step of {num_tokens} tokens; the most are {MAX_TOKENS}")
         work = self._kernels.assign_slots(
             self.tables, layer, routing.top_k_index, num_experts=experts.num_experts
         )
@@ -278,25 +280,55 @@ class DeviceExperts:
         )
         self._kernels.fetch(self._memory[layer], work)
 
-    def experts_from(
-        self, blocks: Tensor, layer: int, experts: Any, hidden_states: Tensor, routing: Routing
-    ) -> Tensor:
-        """Compute one MoE layer, all of whose experts lie in one buffer; slots are left alone.
+    def memory(self, layer: int) -> LayerMemory:
+        """Give where a layer's experts are; who is in which slot is said by `tables`."""
+        return self._memory[layer]
 
-        For long inputs: waits for the device once, to group tokens by expert.
+    def visit(self, layer: int, last_index: Tensor, is_wanted: Tensor, *, num_experts: int) -> None:
+        """Note that a long input visits a layer: slots serve its last token as they do a step's.
+
+        What the other tokens want is counted as hits and misses, and left where it is.
 
         Args:
-            blocks: (E, block bytes) uint8 on the device of the hidden states.
             layer: MoE layer.
-            experts: transformers' experts module.
-            hidden_states: (T, H), any T.
-            routing: Final.
+            last_index: (1, K) the last token's experts, which are in slots afterwards.
+            is_wanted: (E,) whether any token wants an expert.
+            num_experts: Experts of this layer.
 
-        Returns:
-            (T, H), in the reference's order of arithmetic.
+        Cost:
+            The last token's missing experts come over the bus. Kernels never wait for the host.
         """
-        memory = self._memory[layer]
-        return _sum_experts(memory, experts, hidden_states, routing, lambda expert: blocks[expert])
+        tables = self.tables
+        work = self._kernels.assign_slots(tables, layer, last_index, num_experts=num_experts)
+        self._kernels.fetch(self._memory[layer], work)
+        others = torch.zeros_like(tables.slot_of[layer], dtype=torch.bool)
+        others[:num_experts] = is_wanted
+        last = torch.arange(len(others), device=others.device)[:, None] == last_index
+        others &= ~last.any(1)
+        is_in = tables.slot_of[layer] >= 0
+        held = tables.expert_of[layer].long()
+        is_hit = (held >= 0) & others[held.clamp(min=0)]
+        used = tables.is_fresh[layer] * is_hit
+        tables.is_fresh[layer] -= used
+        hits, misses = (others & is_in).sum(), (others & ~is_in).sum()
+        tables.counters[layer] += torch.stack((hits, misses, torch.zeros_like(hits), used.sum()))
+
+    def hold(self, layer: int, chunk: Chunk, slots: Mapping[int, int]) -> None:
+        """Copy experts that are on the device anyway to empty slots, as the stalest there.
+
+        Args:
+            layer: MoE layer.
+            chunk: Where they are.
+            slots: Empty slots, by expert.
+        """
+        place_of = dict(zip(chunk.experts, chunk.places, strict=True))
+        for expert, slot in slots.items():
+            self._memory[layer].slots[slot].copy_(chunk.blocks[place_of[expert]])
+        numbers = send_numbers([list(slots), list(slots.values())], self._slots.device)
+        # Only now: whoever is said to be in a slot is there.
+        self.tables.slot_of[layer].index_copy_(0, numbers[0], numbers[1].int())
+        self.tables.expert_of[layer].index_copy_(0, numbers[1], numbers[0].int())
+        self.tables.stamp[layer].index_fill_(0, numbers[1], 0)
 
     def read_counters(self) -> list[Counters]:
         """Read hits, misses and prefetches of every layer; waits for the device."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Curve", "Gating", "find_gating"]
+__all__ = ["Curve", "Gating", "KnownGatings", "find_gating"]
 
 _TOLERANCE = 1e-5
 """Relative to one plus the value; the two GELUs differ by 5e-4."""
@@ -83,6 +83,20 @@ class Gating(NamedTuple):
             gate, up = products.chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.gate_max), up.clamp(-self.up_max, self.up_max)
         return self.curve(gate * self.alpha) / self.alpha * (up + self.up_offset)
+
+
+class KnownGatings:
+    """Remembers what was found out, by the experts module: trying it takes longer than a step."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Any, Gating | None]] = {}
+
+    def of(self, experts: Any) -> Gating | None:
+        """Give what `find_gating` says of a module."""
+        found = self._found.get(id(experts))
+        if found is None:
+            found = self._found[id(experts)] = (experts, find_gating(experts))
+        return found[1]
 
 
 def find_gating(experts: Any) -> Gating | None:

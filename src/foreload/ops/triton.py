@@ -24,7 +24,7 @@ from foreload.ops import triton_kernels as kernels
 from foreload.ops import triton_slots as slot_kernels
 from foreload.ops.device_layout import StoredFormat
 from foreload.ops.device_tables import WorkList
-from foreload.ops.gating import find_gating
+from foreload.ops.gating import KnownGatings
 from foreload.ops.reference import SumRule
 
 if TYPE_CHECKING:
@@ -36,7 +36,15 @@ if TYPE_CHECKING:
     from foreload.ops.gating import Gating
     from foreload.types import Routing
 
-__all__ = ["Tile", "TritonKernels", "choose_tile"]
+__all__ = [
+    "Tile",
+    "TritonKernels",
+    "choose_tile",
+    "gating_constants",
+    "matrix_constants",
+    "require_dtype",
+    "sum_types",
+]
 
 _STORED = {
     StoredFormat.INT8: kernels.INT8.value,
@@ -96,8 +104,7 @@ class TritonKernels:
     def __init__(self, *, num_copy_programs: int = 16, tile: Any = choose_tile) -> None:
         self._num_copy_programs = num_copy_programs
         self._tile = tile
-        # By the experts module: trying it takes longer than a step.
-        self._gatings: dict[int, tuple[Any, Gating | None]] = {}
+        self._gatings = KnownGatings()
 
     def assign_slots(
         self, tables: DeviceTables, layer: int, top_k_index: Tensor, *, num_experts: int
@@ -133,11 +140,8 @@ class TritonKernels:
             UnsupportedModelError: The hidden states have another element type than the experts.
         """
         layout = memory.layout
-        if hidden_states.dtype != layout.dtype:
-            raise UnsupportedModelError(
-                f"hidden states in {hidden_states.dtype}, experts in {layout.dtype}"
-            )
-        gating = self._gating(experts)
+        require_dtype(layout, hidden_states)
+        gating = self._gatings.of(experts)
         hidden_states = hidden_states.contiguous()
         num_tokens = hidden_states.shape[0]
         inner = self._multiply(memory, layout.first, work, hidden_states, num_tokens, gating)
@@ -204,12 +208,6 @@ class TritonKernels:
         )
         return work
 
-    def _gating(self, experts: Any) -> Gating | None:
-        found = self._gatings.get(id(experts))
-        if found is None:
-            found = self._gatings[id(experts)] = (experts, find_gating(experts))
-        return found[1]
-
     def _multiply(
         self,
         memory: LayerMemory,
@@ -237,8 +235,8 @@ class TritonKernels:
             memory.host_address,
             memory.slots.shape[1],
             num_tokens,
-            **_matrix_constants(layout, matrix),
-            **_gating_constants(gating),
+            **matrix_constants(layout, matrix),
+            **gating_constants(gating),
             BLOCK_T=1 if num_tokens == 1 else 16,
             BLOCK_N=block_n,
             BLOCK_K=tile.num_columns,
@@ -253,11 +251,6 @@ class TritonKernels:
         weights = routing.top_k_weights.contiguous()
         top_k = weights.shape[1]
         result = outputs.new_empty(num_tokens, num_columns)
-        summed = {
-            SumRule.HIDDEN: outputs.dtype,
-            SumRule.WEIGHTS: weights.dtype,
-            SumRule.FLOAT32: torch.float32,
-        }[rule]
         block = min(triton.next_power_of_2(num_columns), _SUM_COLUMNS)
         kernels.sum_experts[(num_tokens, triton.cdiv(num_columns, block))](
             outputs,
@@ -269,8 +262,7 @@ class TritonKernels:
             top_k,
             num_columns,
             LENGTH=length,
-            PRODUCT=_TYPES[torch.promote_types(outputs.dtype, weights.dtype)],
-            SUM=_TYPES[summed],
+            **sum_types(rule, outputs, weights),
             BLOCK_K=triton.next_power_of_2(top_k),
             BLOCK_H=block,
             num_warps=4,
@@ -278,12 +270,36 @@ class TritonKernels:
         return result
 
 
+def require_dtype(layout: ExpertLayout, hidden_states: Tensor) -> None:
+    """Make sure that hidden states have the element type that experts compute in.
+
+    Raises:
+        UnsupportedModelError: They have another one.
+    """
+    if hidden_states.dtype != layout.dtype:
+        raise UnsupportedModelError(
+            f"hidden states in {hidden_states.dtype}, experts in {layout.dtype}"
+        )
+
+
 def _group(matrix: MatrixLayout) -> int:
     """Give the columns that must be read at a time: whole groups, 1 without."""
     return 1 if matrix.stored.is_plain else matrix.scale_columns
 
 
-def _matrix_constants(layout: ExpertLayout, matrix: MatrixLayout) -> dict[str, Any]:
+def sum_types(rule: SumRule, outputs: Tensor, weights: Tensor) -> dict[str, Any]:
+    """Give the element types that a kernel rounds to when it weights and sums."""
+    summed = {
+        SumRule.HIDDEN: outputs.dtype,
+        SumRule.WEIGHTS: weights.dtype,
+        SumRule.FLOAT32: torch.float32,
+    }[rule]
+    product = torch.promote_types(outputs.dtype, weights.dtype)
+    return {"PRODUCT": _TYPES[product], "SUM": _TYPES[summed]}
+
+
+def matrix_constants(layout: ExpertLayout, matrix: MatrixLayout) -> dict[str, Any]:
+    """Give what a kernel is told of a matrix."""
     stored = matrix.stored
     code = _TYPES.get(stored.code_dtype, tl.int8 if stored is StoredFormat.INT8 else tl.uint8)
     return {
@@ -303,7 +319,8 @@ def _matrix_constants(layout: ExpertLayout, matrix: MatrixLayout) -> dict[str, A
     }
 
 
-def _gating_constants(gating: Gating | None) -> dict[str, Any]:
+def gating_constants(gating: Gating | None) -> dict[str, Any]:
+    """Give what a kernel is told of an activation; None for not computing it."""
     if gating is None:
         gating_values: tuple[Any, ...] = (-1, False, False, 1.0, math.inf, math.inf, 0.0)
     else:

@@ -305,6 +305,102 @@ def _curve(values, CURVE: tl.constexpr, ALPHA: tl.constexpr, DTYPE: tl.constexpr
 
 
 @triton.jit
+def activated_products(
+    inputs,
+    input_stride,
+    num_tokens,
+    first,
+    source,
+    target,
+    is_kept,
+    OFFSET: tl.constexpr,
+    SCALE_OFFSET: tl.constexpr,
+    BIAS_OFFSET: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    STORED: tl.constexpr,
+    CODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
+    PART_ROWS: tl.constexpr,
+    GRID_ROWS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CURVE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    GATE_MAX: tl.constexpr,
+    UP_MAX: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Give inputs (T, K) times `BLOCK_N` outputs of a matrix from `first` on, (T, N) float32.
+
+    Rounded, with the bias added, and activated unless `CURVE` is negative.
+    """
+    is_pair: tl.constexpr = HAS_GATE and CURVE >= 0
+    num_outputs: tl.constexpr = NUM_ROWS // 2 if is_pair else NUM_ROWS
+    block_r: tl.constexpr = 2 * BLOCK_N if is_pair else BLOCK_N
+    each = tl.arange(0, block_r)
+    if is_pair and IS_INTERLEAVED:
+        row = 2 * first + each
+        is_row = row < NUM_ROWS
+    else:
+        output = first + each % BLOCK_N
+        row = output + each // BLOCK_N * num_outputs
+        is_row = output < num_outputs
+    products = _products(
+        inputs,
+        input_stride,
+        num_tokens,
+        row,
+        is_row,
+        source,
+        target,
+        is_kept,
+        OFFSET,
+        SCALE_OFFSET,
+        NUM_ROWS,
+        NUM_COLUMNS,
+        STORED,
+        CODE,
+        DTYPE,
+        IS_TRANSPOSED,
+        PART_ROWS,
+        GRID_ROWS,
+        SCALE_ROWS,
+        GROUP,
+        BLOCK_T,
+        block_r,
+        BLOCK_K,
+    )
+    products = _round(products, DTYPE)
+    if BIAS_OFFSET >= 0:
+        bias = _read(source, target, is_kept, row, is_row, BIAS_OFFSET, DTYPE)
+        products = _round(products + bias.to(tl.float32)[None, :], DTYPE)
+
+    if is_pair:
+        if IS_INTERLEAVED:
+            gate, up = tl.split(tl.reshape(products, (BLOCK_T, BLOCK_N, 2)))
+        else:
+            pairs = tl.permute(tl.reshape(products, (BLOCK_T, 2, BLOCK_N)), (0, 2, 1))
+            gate, up = tl.split(pairs)
+        gate = _curve(tl.minimum(gate, GATE_MAX), CURVE, ALPHA, DTYPE)
+        up = tl.minimum(tl.maximum(up, -UP_MAX), UP_MAX)
+        if UP_OFFSET != 0:
+            up = _round(up + UP_OFFSET, DTYPE)
+        result = gate * up
+    elif CURVE >= 0:
+        result = _curve(products, CURVE, ALPHA, DTYPE)
+    else:
+        result = products
+    return result
+
+
+@triton.jit
 def expert_products(
     inputs,
     input_stride,
@@ -364,27 +460,18 @@ def expert_products(
 
     is_pair: tl.constexpr = HAS_GATE and CURVE >= 0
     num_outputs: tl.constexpr = NUM_ROWS // 2 if is_pair else NUM_ROWS
-    block_r: tl.constexpr = 2 * BLOCK_N if is_pair else BLOCK_N
     first = tl.program_id(0) * BLOCK_N
-    each = tl.arange(0, block_r)
-    if is_pair and IS_INTERLEAVED:
-        row = 2 * first + each
-        is_row = row < NUM_ROWS
-    else:
-        output = first + each % BLOCK_N
-        row = output + each // BLOCK_N * num_outputs
-        is_row = output < num_outputs
-    products = _products(
+    result = activated_products(
         inputs + place.to(tl.int64) * expert_stride,
         input_stride,
         num_tokens,
-        row,
-        is_row,
+        first,
         source,
         target,
         is_kept,
         OFFSET,
         SCALE_OFFSET,
+        BIAS_OFFSET,
         NUM_ROWS,
         NUM_COLUMNS,
         STORED,
@@ -395,30 +482,17 @@ def expert_products(
         GRID_ROWS,
         SCALE_ROWS,
         GROUP,
+        CURVE,
+        HAS_GATE,
+        IS_INTERLEAVED,
+        ALPHA,
+        GATE_MAX,
+        UP_MAX,
+        UP_OFFSET,
         BLOCK_T,
-        block_r,
+        BLOCK_N,
         BLOCK_K,
     )
-    products = _round(products, DTYPE)
-    if BIAS_OFFSET >= 0:
-        bias = _read(source, target, is_kept, row, is_row, BIAS_OFFSET, DTYPE)
-        products = _round(products + bias.to(tl.float32)[None, :], DTYPE)
-
-    if is_pair:
-        if IS_INTERLEAVED:
-            gate, up = tl.split(tl.reshape(products, (BLOCK_T, BLOCK_N, 2)))
-        else:
-            pairs = tl.permute(tl.reshape(products, (BLOCK_T, 2, BLOCK_N)), (0, 2, 1))
-            gate, up = tl.split(pairs)
-        gate = _curve(tl.minimum(gate, GATE_MAX), CURVE, ALPHA, DTYPE)
-        up = tl.minimum(tl.maximum(up, -UP_MAX), UP_MAX)
-        if UP_OFFSET != 0:
-            up = _round(up + UP_OFFSET, DTYPE)
-        result = gate * up
-    elif CURVE >= 0:
-        result = _curve(products, CURVE, ALPHA, DTYPE)
-    else:
-        result = products
     token = tl.arange(0, BLOCK_T)
     output = first + tl.arange(0, BLOCK_N)
     at = (place * num_tokens + token)[:, None].to(tl.int64) * num_outputs + output[None, :]
