@@ -213,12 +213,6 @@ class EngineConfig:
                 "shared by all layers",
                 hint="use orchestration='device', or slot_plan='equal'",
             )
-        if self.device.startswith("cuda") and is_hosts and self.draft not in ("none", "auto"):
-            raise ConfigError(
-                f"draft={self.draft!r} does not run where the host decides about the experts of a "
-                "CUDA device",
-                hint="use draft='none', or device='cpu'",
-            )
 
     @property
     def host_only(self) -> str | None:

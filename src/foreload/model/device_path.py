@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import TensorPredictor
 
-__all__ = ["DevicePath"]
+__all__ = ["DevicePath", "make_kernels"]
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class DevicePath:
             )
             if device.type == "cuda":
                 self._host.page_lock()
-            kernels = _make_kernels(device)
+            kernels = make_kernels(device)
             self._experts = DeviceExperts(
                 layouts,
                 self._host.blocks,
@@ -288,7 +288,7 @@ class DevicePath:
         )
 
 
-def _make_kernels(device: torch.device) -> ExpertKernels | None:
+def make_kernels(device: torch.device) -> ExpertKernels | None:
     """Give what computes on a device; None for the twins in plain torch.
 
     Raises:

@@ -30,6 +30,7 @@ __all__ = [
     "kv_bytes_per_token",
     "least_slots",
     "most_step_tokens",
+    "resident_draft_bytes",
 ]
 
 _FINE_GROUP = 16
@@ -92,6 +93,18 @@ def most_step_tokens(slots: Sequence[int], spec: ModelSpec) -> int:
     if min(slots) >= spec.num_experts:
         return MAX_TOKENS
     return min(min(slots) // spec.top_k, MAX_TOKENS)
+
+
+def resident_draft_bytes(loaded: LoadedModel, kind: str) -> int:
+    """Give the device memory a draft will take, from shapes alone; 0 for "none".
+
+    Raises:
+        UnsupportedModelError: These experts cannot be laid out quantised.
+    """
+    if kind == "none":
+        return 0
+    size = block_bytes(draft_layouts(loaded, device_layouts(loaded), kind))
+    return loaded.spec.num_moe_layers * loaded.spec.num_experts * size
 
 
 def block_bytes(layouts: list[ExpertLayout]) -> int:
