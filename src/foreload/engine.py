@@ -190,14 +190,7 @@ class Engine:
             if config.orchestration == "device":
                 self._open_device_path(host_progress, draft_progress)
             else:
-                self._open_host_path(
-                    predictor,
-                    draft,
-                    backend,
-                    host_tier,
-                    link or (lambda copies: copies),
-                    draft_progress,
-                )
+                self._open_host_path(predictor, draft, backend, host_tier, link, draft_progress)
         except BaseException:
             self.close()
             raise
@@ -502,7 +495,7 @@ class Engine:
         draft: DraftExperts | ResidentDraft | None,
         backend: Callable[[SlotArena], CopyBackend],
         host_tier: Callable[[int], HostTier] | None,
-        link: Callable[[CopyBackend], CopyBackend],
+        link: Callable[[CopyBackend], CopyBackend] | None,
         draft_progress: Callable[[int, int], None] | None,
     ) -> None:
         """Build what brings experts from disk, and let it run the MoE layers."""
@@ -532,7 +525,9 @@ class Engine:
         tiers = self._tiers = ExpertTiers(
             arena,
             loaded.plans,
-            TransferEngine(link(copies), num_workers=config.num_workers),
+            TransferEngine(
+                copies if link is None else link(copies), num_workers=config.num_workers
+            ),
             make_eviction(config.eviction, spec.num_moe_layers, spec.num_experts),
             self.metrics,
             self.timeline,
