@@ -28,7 +28,7 @@ DEVICE = torch.device("cuda", 0)
 FREE_BYTES = 4 << 30
 
 COPIES = {"aten::copy_", "aten::_to_copy"}
-KERNELS = ("assign_slots", "copy_blocks", "expert_products", "sum_experts")
+KERNELS = [name for name in triton_kernels.__all__ if not name.isupper()]
 
 
 class Tape:
@@ -166,9 +166,9 @@ def indexed(
 ) -> Any:
     """Index as torch would; its own way asks the build for a device before anything else."""
     for each in place if isinstance(place, tuple) else (place,):
-        if isinstance(each, Tensor):
-            if each.dtype in (torch.bool, torch.uint8) or (each.ndim and type(each) is Tensor):
-                wait("a mask, or an index in the host's memory,")
+        is_mask = isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8)
+        if is_mask or (type(each) is Tensor and each.ndim):
+            wait("a mask, or an index in the host's memory,")
     real = tree_map_only(OnDevice, lambda each: each.elem, place)
 
     def call() -> Any:
@@ -240,7 +240,9 @@ class Launcher:
         def launch(*args: Any, **constants: Any) -> None:
             for each in (*args, *constants.values()):
                 if isinstance(each, Tensor) and not isinstance(each, OnDevice):
-                    raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+                    raise ValueError(
+                        "Pointer argument cannot be accessed from Triton (cpu tensor?)"
+                    )
             real = tree_map_only(OnDevice, lambda each: each.elem, args)
 
             def call() -> None:
@@ -340,6 +342,7 @@ def pretend_cuda(patch: pytest.MonkeyPatch, *, is_quiet: bool = False) -> Iterat
         "synchronize": lambda device=None: wait("synchronize"),
         "cudart": Runtime,
         "get_device_properties": lambda device: SimpleNamespace(),
+        "get_device_name": lambda device=None: "a device that is not there",
         "get_device_capability": lambda device=None: (9, 0),
         "is_current_stream_capturing": lambda: MACHINE.tape is not None,
         "Stream": Stream,
