@@ -103,8 +103,9 @@ class EngineConfig:
             predictor; "speculate-when", the true router among what is in memory.
         confidence: For "speculate-when": share of the routing weight that is waited for.
         draft: Speculative decoding with the model's own experts, quantised, as the draft: "none",
-            "int4", "int8" (built on first use), or "auto": one that was built already, while it
-            pays. Its memory is part of `expert_memory`.
+            "int4", "int8" (built on first use; on a CUDA device whenever an engine is opened), or
+            "auto": one that was built already, while it pays. Its memory is part of
+            `expert_memory`.
         num_draft_tokens: Tokens drafted per round: "auto", chosen by measured costs, or a number;
             0 drafts nothing.
     """
