@@ -112,6 +112,10 @@ class OnDevice(torch.Tensor):
             return self
         return torch.ops.aten.clone.default(self, memory_format=torch.contiguous_format)
 
+    def nonzero(self) -> Tensor:
+        wait("nonzero")
+        return torch.ops.aten.nonzero.default(self)
+
     def __invert__(self) -> Tensor:
         return torch.ops.aten.bitwise_not.default(self)
 

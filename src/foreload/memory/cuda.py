@@ -38,7 +38,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _REGISTER_FLAGS = 1 | 2
-"""cudaHostRegisterPortable, for whichever device is the current one, and cudaHostRegisterMapped: the
+"""cudaHostRegisterPortable, whichever device is the current one, and cudaHostRegisterMapped: the
 device gets an address for the memory, equal to the host's."""
 
 
