@@ -8,12 +8,16 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from torch.autograd.profiler_util import FunctionEventAvg
 
 import zoo
 from foreload.model import source
+from foreload.trace import read
 from pretend_cuda import pretend_cuda
 
 if TYPE_CHECKING:
@@ -57,11 +61,48 @@ def test_every_stage_has_a_test(gpu: ModuleType) -> None:
     assert set(gpu.STAGES) == {"equivalence", "tiers", "sampling", "suites", "profile", "replay"}
 
 
-@pytest.mark.parametrize("stage", ["equivalence", "tiers", "sampling", "suites", "profile"])
-def test_a_stage_runs_to_its_end(gpu: ModuleType, stage: str, tmp_path: Path) -> None:
+class Profile:
+    """Stands in for torch's profiler, which takes long to begin."""
+
+    def __init__(self, *, activities: Any) -> None:
+        assert len(activities) == 2
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def export_chrome_trace(self, path: str) -> None:
+        assert path.endswith(".json.gz")
+
+    def key_averages(self) -> Profile:
+        return self
+
+    def table(self, *, sort_by: str, row_limit: int) -> str:
+        assert hasattr(FunctionEventAvg(), sort_by)
+        return "one row"
+
+
+@pytest.mark.parametrize(
+    "stage", ["equivalence", "tiers", "sampling", "suites", "replay", "profile"]
+)
+def test_a_stage_runs_to_its_end(
+    gpu: ModuleType, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    more = []
+    if stage == "replay":
+        # The model to replay on is there already, as small as the others.
+        monkeypatch.setattr(gpu, "ROOT", tmp_path)
+        zoo.save_small(tmp_path / "build" / "qwen3-30b-a3b-2")
+        told = SimpleNamespace(demands=lambda: [[(0, 1), (2, 3)]] * 4)
+        part = SimpleNamespace(decode_part=lambda: told)
+        monkeypatch.setattr(read, "read_trace", lambda path: part)
+        more = ["--trace", "told.csv", "--layers", "2"]
     with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True) as machine:
         with pytest.raises(SystemExit):
-            gpu.main([stage, "--output", str(tmp_path)])
+            gpu.main([stage, "--output", str(tmp_path), *more])
         assert machine.num_launches > 0
     rows = json.loads((tmp_path / f"{stage}.json").read_text())["rows"]
     assert rows

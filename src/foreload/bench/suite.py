@@ -287,7 +287,7 @@ class _SuiteRun:
         probe = probe_experts(
             self._headers,
             folder=self._directory,
-            make_backend=make_backend(self._options.link_bytes_s),
+            link=make_link(self._options.link_bytes_s),
         )
         return probe.compute_share, probe.copy_share
 
