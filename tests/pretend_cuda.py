@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from foreload.ops import triton_kernels
+from foreload.ops import triton_kernels, triton_present
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +28,8 @@ DEVICE = torch.device("cuda", 0)
 FREE_BYTES = 4 << 30
 
 COPIES = {"aten::copy_", "aten::_to_copy"}
-KERNELS = [name for name in triton_kernels.__all__ if not name.isupper()]
+KERNELS = [(triton_kernels, name) for name in triton_kernels.__all__ if not name.isupper()]
+KERNELS.append((triton_present, "choose_among_present"))
 
 
 class Tape:
@@ -299,6 +300,9 @@ class Graph:
     def __init__(self) -> None:
         self.tape = Tape()
 
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
+
     def replay(self) -> None:
         MACHINE.num_replays += 1
         with torch.utils._python_dispatch._disable_current_modes():
@@ -358,8 +362,11 @@ def pretend_cuda(patch: pytest.MonkeyPatch, *, is_quiet: bool = False) -> Iterat
         "graph": capture,
     }.items():
         patch.setattr(torch.cuda, name, value)
-    for name in KERNELS:
-        patch.setattr(triton_kernels, name, Launcher(getattr(triton_kernels, name)))
+    for module, name in KERNELS:
+        patch.setattr(module, name, Launcher(getattr(module, name)))
+    # All of the host's memory is the device's own.
+    make = torch.tensor
+    patch.setattr(torch, "tensor", lambda data, *, pin_memory=False, **given: make(data, **given))
     # torch.tensor makes its tensor here, and copies it there where the mode sees it.
     torch._C._set_only_lift_cpu_tensors(True)
     # A parameter that moves is another tensor, not the same one with other contents.
