@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from foreload.memory.eviction import EvictionPolicy
     from foreload.memory.host_tier import HostTier
+    from foreload.memory.transfer import CopyBackend
     from foreload.types import ModelSpec, Predictor, RoutingEvent
 
 T = TypeVar("T")
@@ -249,6 +250,7 @@ def make_engine(
     predictor: str | Callable[[ModelSpec], Predictor] = "auto",
     backend: Callable[[SlotArena], Any] = DiskBackend,
     host_tier: Callable[[int], HostTier] | None = None,
+    link: Callable[[CopyBackend], CopyBackend] | None = None,
     cache_dir: Path | None = None,
     **settings: Any,
 ) -> Engine:
@@ -274,4 +276,5 @@ def make_engine(
         predictor=None if isinstance(predictor, str) else predictor(loaded.spec),
         backend=backend,
         host_tier=host_tier,
+        link=link,
     )

@@ -239,7 +239,6 @@ class TestDevice:
         "setting",
         [
             {"eviction": "lfu"},
-            {"draft": "int4", "expert_memory": "25%"},
             {"orchestration": "host"},
             {"device": "cpu"},
             {"host_memory": 4095},
@@ -412,5 +411,49 @@ class TestStaged:
             resolve(asked, loaded)
 
     def test_a_draft_that_is_only_allowed_is_left_out(self, loaded: LoadedModel) -> None:
-        asked = config(device="cuda", orchestration="host", draft="auto")
-        assert resolve(asked, loaded).draft == "none"
+        asked = config(device="cuda", orchestration="host", draft="auto", num_draft_tokens=3)
+        resolved = resolve(asked, loaded)
+        assert (resolved.draft, resolved.num_draft_tokens) == ("none", "auto")
+
+    @pytest.mark.parametrize("kind", ["int4", "int8"])
+    def test_a_draft_is_a_part_of_the_memory(
+        self, loaded: LoadedModel, kind: str, tmp_path: Path
+    ) -> None:
+        size = slot_size(loaded.plans)
+        drafted = 4 * 16 * block_bytes(draft_layouts(loaded, device_layouts(loaded), kind))
+        asked = config(device="cuda", orchestration="host", draft=kind, expert_memory="90%")
+        resolved = resolve(asked.with_values(num_draft_tokens=5), loaded)
+        assert (resolved.device, resolved.draft, resolved.num_draft_tokens) == ("cuda:0", kind, 5)
+        asked_bytes = int(0.9 * 64 * size)
+        assert resolved.expert_memory == (asked_bytes - drafted) // size * size + drafted
+        assert resolve(resolved, loaded) == resolved, "resolving again changes nothing"
+        assert prepare_draft(resolved, loaded, cache_dir=tmp_path) is None, "the engine makes it"
+        assert not list(tmp_path.iterdir())
+        most = resolve(asked.with_values(expert_memory="500%"), loaded)
+        assert most.expert_memory == drafted + 64 * size
+        least = drafted + least_memory(loaded)
+        assert resolve(asked.with_values(expert_memory=least), loaded).expert_memory == least
+        with pytest.raises(CapacityError, match=f"beside the {kind} draft") as caught:
+            resolve(asked.with_values(expert_memory=least - 1), loaded)
+        assert caught.value.needed_bytes == least
+
+    def test_a_draft_needs_triton(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(resolution, "find_spec", lambda name: None)
+        with pytest.raises(MissingExtraError, match="triton"):
+            resolve(config(device="cuda", orchestration="host", draft="int4"), loaded)
+
+    def test_a_draft_that_does_not_fit_where_the_device_decides_runs_here(
+        self, loaded: LoadedModel
+    ) -> None:
+        drafted = 4 * 16 * block_bytes(draft_layouts(loaded, device_layouts(loaded), "int4"))
+        memory = drafted + 2 * least_memory(loaded)
+        resolved = resolve(config(device="cuda", draft="int4", expert_memory=memory), loaded)
+        assert (resolved.orchestration, resolved.draft) == ("host", "int4")
+
+    def test_a_model_that_cannot_go_back_has_none(self, tmp_path: Path) -> None:
+        recurrent = load_model(zoo.save_tiny("qwen3_next", tmp_path / "model").path)
+        asked = config(device="cuda:0", orchestration="host", draft="int4")
+        with pytest.raises(UnsupportedModelError, match="cannot go back"):
+            prepare_draft(asked, recurrent, cache_dir=tmp_path)

@@ -404,6 +404,20 @@ def save_tiny(
     return _save(build_tiny(arch, dtype), Path(directory))
 
 
+def save_small(path: Path) -> None:
+    """Save Qwen3-MoE with two layers of four experts, two at a time, in float32."""
+    cls = model_class("qwen3_moe")
+    settings = {
+        **SEVEN_FAMILIES["qwen3_moe"],
+        "vocab_size": 320,
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [],
+    }
+    _save(_build(cls, cls.config_class(**settings), torch.float32, seed=0), path)
+
+
 def save_family(
     name: str, directory: Path | str, dtype: torch.dtype = torch.float32
 ) -> TinyCheckpoint:

@@ -103,8 +103,9 @@ class EngineConfig:
             predictor; "speculate-when", the true router among what is in memory.
         confidence: For "speculate-when": share of the routing weight that is waited for.
         draft: Speculative decoding with the model's own experts, quantised, as the draft: "none",
-            "int4", "int8" (built on first use), or "auto": one that was built already, while it
-            pays. Its memory is part of `expert_memory`.
+            "int4", "int8" (built on first use; on a CUDA device whenever an engine is opened), or
+            "auto": one that was built already, while it pays. Its memory is part of
+            `expert_memory`.
         num_draft_tokens: Tokens drafted per round: "auto", chosen by measured costs, or a number;
             0 drafts nothing.
     """
@@ -212,12 +213,6 @@ class EngineConfig:
                 "slot_plan divides the slots of a device that decides for itself; the host's are "
                 "shared by all layers",
                 hint="use orchestration='device', or slot_plan='equal'",
-            )
-        if self.device.startswith("cuda") and is_hosts and self.draft not in ("none", "auto"):
-            raise ConfigError(
-                f"draft={self.draft!r} does not run where the host decides about the experts of a "
-                "CUDA device",
-                hint="use draft='none', or device='cpu'",
             )
 
     @property

@@ -39,6 +39,7 @@ from foreload.metrics import Metrics, Timeline
 from foreload.model.device_path import DevicePath
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.kv_cache import make_kv_cache, rewind
+from foreload.model.resident_draft import make_resident_draft
 from foreload.model.runtime import ExpertRuntime
 from foreload.model.self_draft import SelfDraft
 from foreload.model.selfcheck import find_sum_rules
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from foreload.model.draft import DraftExperts
     from foreload.model.graph import StepGraph
     from foreload.model.hf import LoadedModel
+    from foreload.model.resident_draft import ResidentDraft
     from foreload.model.sites import EarlyRouter, MoeSite
     from foreload.predict.estimator import CorrectedRouter, LayerNetwork
     from foreload.schedule.policy import ExecutionPolicy
@@ -157,8 +159,14 @@ class Engine:
         draft_progress: Callable[[int, int], None] | None = None,
         backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
         host_tier: Callable[[int], HostTier] | None = None,
+        link: Callable[[CopyBackend], CopyBackend] | None = None,
     ) -> None:
-        if draft is None and config.orchestration != "device":
+        if link is not None and config.orchestration == "device":
+            raise ConfigError(
+                "a device that decides about experts copies them itself: its link is what it is",
+                hint="use orchestration='host' to rehearse a slower one",
+            )
+        if draft is None and host_tier is None:
             draft = prepare_draft(config, loaded, cache_dir=cache_dir)
         self.config = config
         self.spec: ModelSpec = loaded.spec
@@ -182,7 +190,7 @@ class Engine:
             if config.orchestration == "device":
                 self._open_device_path(host_progress, draft_progress)
             else:
-                self._open_host_path(predictor, draft, backend, host_tier)
+                self._open_host_path(predictor, draft, backend, host_tier, link, draft_progress)
         except BaseException:
             self.close()
             raise
@@ -448,11 +456,16 @@ class Engine:
         """Let go of the draft, and keep experts in its memory instead.
 
         Raises:
-            ConfigError: The device decides about experts: its slots are given once.
+            ConfigError: The experts lie on a device: its slots are given once.
         """
         if self.drafter is None or self.drafter.draft is None:
             return
         tiers = self.tiers
+        if self._staged is not None:
+            raise ConfigError(
+                "the draft's memory on a device cannot be given to experts",
+                hint="open another engine, with draft='none'",
+            )
         self.drafter.release()
         most = int(self.config.expert_memory) // slot_size(self._loaded.plans)
         tiers.grow(most - tiers.num_slots)
@@ -479,9 +492,11 @@ class Engine:
     def _open_host_path(
         self,
         predictor: Predictor | None,
-        draft: DraftExperts | None,
+        draft: DraftExperts | ResidentDraft | None,
         backend: Callable[[SlotArena], CopyBackend],
         host_tier: Callable[[int], HostTier] | None,
+        link: Callable[[CopyBackend], CopyBackend] | None,
+        draft_progress: Callable[[int, int], None] | None,
     ) -> None:
         """Build what brings experts from disk, and let it run the MoE layers."""
         config, loaded, spec = self.config, self._loaded, self.spec
@@ -490,28 +505,34 @@ class Engine:
         if device != self.model.device:
             self.model.to(device)
         size = slot_size(loaded.plans)
-        num_slots = int(config.expert_memory) // size
         if device.type == "cuda" and host_tier is None:
             host_tier = functools.partial(HostTier, int(config.host_memory), is_page_locked=True)
+        if host_tier is not None and config.draft != "none":
+            # Before the slots: quantising needs room that they would take.
+            draft = make_resident_draft(
+                loaded, config.draft, device, sum_rules=sum_rules, progress=draft_progress
+            )
+        num_slots = (int(config.expert_memory) - (0 if draft is None else draft.num_bytes)) // size
         arena: SlotArena | DeviceSlots
         copies: CopyBackend
         if host_tier is None:
             # Slots beyond those in use cost nothing: the draft's heirs if it is let go of.
-            arena = self._arena = SlotArena(num_slots, size)
+            arena = self._arena = SlotArena(int(config.expert_memory) // size, size)
             copies = backend(arena)
         else:
             arena = self._arena = DeviceSlots(num_slots, size, device)
             copies = self._staged = StagedBackend(arena, host_tier(size))
-        taken = 0 if draft is None else draft.num_bytes
         tiers = self._tiers = ExpertTiers(
             arena,
             loaded.plans,
-            TransferEngine(copies, num_workers=config.num_workers),
+            TransferEngine(
+                copies if link is None else link(copies), num_workers=config.num_workers
+            ),
             make_eviction(config.eviction, spec.num_moe_layers, spec.num_experts),
             self.metrics,
             self.timeline,
             keep=config.eviction != "none",
-            num_slots=(int(config.expert_memory) - taken) // size,
+            num_slots=num_slots,
         )
         switch = None
         if predictor is None and config.predictor != "none":
@@ -587,7 +608,7 @@ class Engine:
             rewind(kv_cache, 0)
         return logits
 
-    def _make_drafter(self, draft: DraftExperts) -> SelfDraft:
+    def _make_drafter(self, draft: DraftExperts | ResidentDraft) -> SelfDraft:
         tokens = self.config.num_draft_tokens
         return SelfDraft(
             self.runtime,

@@ -20,8 +20,8 @@ from foreload.memory.arena import slot_bytes
 from foreload.model.device_plan import (
     block_bytes,
     device_layouts,
-    draft_layouts,
     kv_bytes_per_token,
+    resident_draft_bytes,
     stream_blocks,
 )
 from foreload.model.draft import (
@@ -82,7 +82,7 @@ def prepare_draft(
     """Give the draft that resolved settings ask for, built if it is not there yet.
 
     Args:
-        config: Settings, resolved. A device that decides for itself makes its own draft.
+        config: Settings, resolved. For a device the engine makes the draft: None.
         loaded: The model.
         cache_dir: Where drafts are kept.
         progress: Called with (done, total) bytes while it is built.
@@ -95,6 +95,8 @@ def prepare_draft(
     if config.draft == "none" or config.orchestration == "device":
         return None
     _require_rewind(loaded)
+    if config.device.startswith("cuda"):
+        return None
     identity = loaded.spec.identity
     folder = draft_folder(cache_dir, identity, config.draft)
     if not has_draft(folder):
@@ -142,8 +144,6 @@ def _resolve_cuda(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         try:
             return _resolve_device(config, loaded)
         except (CapacityError, UnsupportedModelError) as error:
-            if config.draft not in ("none", "auto"):
-                raise
             reason = str(error)
     logger.info("the host decides about the CUDA device's experts: %s", reason)
     return _resolve_staged(config, loaded)
@@ -225,12 +225,18 @@ def _resolve_staged(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
             available_bytes=min(host, available),
             setting="host_memory",
         )
-    budget = _device_budget(config, whole, *_device_room(device, loaded))
-    least = least_memory(loaded)
+    # As where the device decides: drafts are made when an engine is opened.
+    draft = "none" if config.draft == "auto" else config.draft
+    if draft != "none" and device.type == "cuda" and find_spec("triton") is None:
+        raise MissingExtraError("triton", "triton")
+    drafted = resident_draft_bytes(loaded, draft)
+    budget = _device_budget(config, whole, *_device_room(device, loaded), draft_bytes=drafted)
+    least = least_memory(loaded) + drafted
     if budget < least:
+        more = "" if draft == "none" else f", beside the {draft} draft"
         raise CapacityError(
             f"expert_memory is below one layer's needs ({spec.top_k} experts at work and one on "
-            "its way)",
+            f"its way{more})",
             needed_bytes=least,
             available_bytes=max(budget, 0),
             setting="expert_memory",
@@ -239,10 +245,10 @@ def _resolve_staged(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         device=str(device),
         orchestration="host",
         dtype=spec.dtype,
-        expert_memory=budget // size * size,
+        expert_memory=(budget - drafted) // size * size + drafted,
         host_memory=host // size * size,
-        draft="none",
-        num_draft_tokens="auto",
+        draft=draft,
+        num_draft_tokens=config.num_draft_tokens if draft != "none" else "auto",
     )
 
 
@@ -258,7 +264,7 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     size = block_bytes(device_layouts(loaded))
     # "auto" is a draft that was built already, and here drafts are made when an engine is opened.
     draft = "none" if config.draft == "auto" else config.draft
-    drafted = _device_draft_bytes(loaded, draft)
+    drafted = resident_draft_bytes(loaded, draft)
     layer_slot = spec.num_moe_layers * size
     whole = spec.num_experts * layer_slot
     available = psutil.virtual_memory().available
@@ -307,15 +313,8 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
 
 def device_slots(config: EngineConfig, loaded: LoadedModel) -> tuple[int, ...]:
     """Give the slots of each MoE layer that resolved settings leave on a device, beside a draft."""
-    left = int(config.expert_memory) - _device_draft_bytes(loaded, config.draft)
+    left = int(config.expert_memory) - resident_draft_bytes(loaded, config.draft)
     return divide_slots(config.slot_plan, left // block_bytes(device_layouts(loaded)), loaded.spec)
-
-
-def _device_draft_bytes(loaded: LoadedModel, draft: str) -> int:
-    if draft == "none":
-        return 0
-    size = block_bytes(draft_layouts(loaded, device_layouts(loaded), draft))
-    return loaded.spec.num_moe_layers * loaded.spec.num_experts * size
 
 
 def _device_room(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from fakes import InstantBackend, make_plan
 from foreload.bench import measure, suite
 from foreload.bench.moe_speq import MOE_SPEQ, MOE_SPEQ_ARMS
 from foreload.bench.suite import SuiteOptions, run_suite
+from foreload.memory.arena import SlotArena
+from foreload.types import ExpertKey
 
 if TYPE_CHECKING:
     from foreload.bench.arm import Sample
@@ -90,6 +94,11 @@ def test_the_quantised_model_alone_is_lossy_and_judged(samples: dict[str, Sample
 
 
 def test_a_throttled_link_is_as_slow_as_asked() -> None:
-    assert measure.make_backend(None) is measure.DiskBackend
-    made = measure.make_backend(1e6)
-    assert made is not measure.DiskBackend
+    assert measure.make_link(None) is None
+    made = measure.make_link(1e6)
+    assert made is not None
+    copies = InstantBackend(SlotArena(1, 5 * 4096))
+    link = made(copies)
+    start = time.perf_counter()
+    assert link.copy_piece(make_plan(ExpertKey(0, 0), 20_000), 0, 0) == 20_000
+    assert time.perf_counter() - start >= 0.02

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import zoo
+from distribution import compare_draws, exact_second
 from fakes import assert_settled, make_engine
-from foreload.config import SamplingConfig
-from foreload.decode.sampling import probabilities
 from foreload.model.source import resolve_model
 
 if TYPE_CHECKING:
@@ -112,40 +111,11 @@ def test_drawn_tokens_are_distributed_as_without_a_draft(
     """The second token's distribution, against the exact one: a fixed seed for each draw."""
     path, prompt, draws = checkpoints("qwen3_moe"), [11, 16, 21, 5], 500
     settings: dict[str, Any] = {"temperature": 0.7, "top_k": 6, "top_p": 0.95}
-    config = SamplingConfig(**settings)
     with make_engine(path, expert_memory="200%", draft="int4", num_draft_tokens=2) as engine:
-        seen: dict[int, int] = {}
-        for seed in range(draws):
-            result = engine.generate(prompt, max_new_tokens=3, seed=seed, **settings)
-            second = result.token_ids[1]
-            seen[second] = seen.get(second, 0) + 1
+        seconds = [
+            engine.generate(prompt, max_new_tokens=3, seed=seed, **settings).token_ids[1]
+            for seed in range(draws)
+        ]
         assert 0 < (engine.metrics.acceptance_rate or 0) < 1, "both ways to a token were taken"
-        wanted = exact_second(engine, prompt, config)
-    assert set(seen) <= {token for token, share in wanted.items() if share > 0}
-    common = {token: share for token, share in wanted.items() if share * draws >= 5}
-    rest = draws * (1 - sum(common.values()))
-    counted = sum(seen.get(token, 0) for token in common)
-    chi_square = sum(
-        (seen.get(token, 0) - draws * share) ** 2 / (draws * share)
-        for token, share in common.items()
-    )
-    if rest >= 5:
-        chi_square += (draws - counted - rest) ** 2 / rest
-    degrees = len(common) - 1 + (rest >= 5)
-    # 99.9 % quantile, by Wilson and Hilferty's approximation.
-    limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
-    assert degrees >= 3
-    assert chi_square < limit
-
-
-def exact_second(engine: Engine, prompt: list[int], config: SamplingConfig) -> dict[int, float]:
-    """Give the exact distribution of the second token, over all first ones."""
-    shares: dict[int, float] = {}
-    first = probabilities(engine.forward(torch.tensor([prompt]), engine.make_cache()), config)
-    for token in first.nonzero().flatten().tolist():
-        ids = torch.tensor([[*prompt, token]])
-        second = probabilities(engine.forward(ids, engine.make_cache()), config)
-        for other in second.nonzero().flatten().tolist():
-            chance = float(first[token]) * float(second[other])
-            shares[other] = shares.get(other, 0.0) + chance
-    return shares
+        found = compare_draws(seconds, exact_second(engine, prompt, settings))
+    assert found.is_fine, found

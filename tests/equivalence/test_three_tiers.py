@@ -5,6 +5,8 @@ The device is the CPU: all of the path but streams and page locking.
 
 from __future__ import annotations
 
+import functools
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,8 +14,11 @@ import torch
 
 import zoo
 from fakes import assert_settled, make_engine
+from foreload.bench.measure import measure_bandwidth
+from foreload.errors import ConfigError
 from foreload.memory.device_slots import DeviceSlots
 from foreload.memory.host_tier import HostTier
+from foreload.memory.throttle import ThrottledBackend
 from foreload.resolution import slot_size
 
 if TYPE_CHECKING:
@@ -132,3 +137,38 @@ def test_it_may_be_opened_in_inference_mode(checkpoints: dict[str, Path]) -> Non
         staged = open_staged(checkpoints["gpt_oss"], 2, expert_memory="50%")
     with staged:
         assert staged.generate(prompt, max_new_tokens=4).token_ids == wanted
+
+
+def test_a_link_is_that_to_the_slots(checkpoints: dict[str, Path]) -> None:
+    """Throttled, every byte that reaches a slot pays, wherever it came from."""
+    given: dict[str, Any] = {"expert_memory": "minimum", "predictor": "none"}
+    link_bytes_s = 2e8
+    with open_staged(
+        checkpoints["qwen3_moe"],
+        "all",
+        link=functools.partial(ThrottledBackend, link_bytes_s=link_bytes_s),
+        **given,
+    ) as engine:
+        start = time.perf_counter()
+        for _ in range(2):
+            engine.generate(list(range(3, 15)), max_new_tokens=6)
+        took_s = time.perf_counter() - start
+        metrics = engine.metrics
+        assert engine.stats["host_bytes"] > 0, "the host tier had some of it"
+        assert took_s >= metrics.bytes_moved / link_bytes_s
+        measured = metrics.bytes_moved / metrics.link_s
+        assert measured <= 1.05 * link_bytes_s
+        assert measure_bandwidth(engine) <= 1.05 * link_bytes_s
+    assert engine._staged is not None
+    assert engine._staged._host._is_closed
+
+
+def test_a_link_that_cannot_be_slowed_down_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="copies them itself"):
+        make_engine(
+            checkpoints["qwen3_moe"],
+            device="cpu",
+            orchestration="device",
+            expert_memory="50%",
+            link=functools.partial(ThrottledBackend, link_bytes_s=1e9),
+        )

@@ -18,7 +18,6 @@ from foreload.bench.forced import ForcedRun, run_forced, run_rounds
 from foreload.config import EngineConfig
 from foreload.engine import Engine
 from foreload.evaluate import compare_logits
-from foreload.memory.disk import DiskBackend
 from foreload.memory.throttle import ThrottledBackend
 from foreload.model.kv_cache import make_kv_cache
 from foreload.model.self_draft import SelfDraft
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foreload.bench.workload import Workload
-    from foreload.memory.arena import SlotArena
     from foreload.memory.transfer import CopyBackend
     from foreload.metrics import Metrics, Timeline
     from foreload.model.draft_round import Verification
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
 
     Forward = Callable[[Tensor, Any], Tensor]
 
-__all__ = ["make_backend", "measure_bandwidth", "run_engine_arm", "run_stock_arm"]
+__all__ = ["make_link", "measure_bandwidth", "run_engine_arm", "run_stock_arm"]
 
 
 def run_engine_arm(
@@ -100,7 +98,7 @@ def run_engine_arm(
         cache_dir=cache_dir,
         predictor=oracle,
         draft=draft,
-        backend=make_backend(link_bytes_s),
+        link=make_link(link_bytes_s),
     )
     recorder = RoutingRecorder(engine.spec.num_moe_layers, engine.spec.num_experts)
     with engine:
@@ -219,11 +217,11 @@ def run_stock_arm(
     return sample, run
 
 
-def make_backend(link_bytes_s: float | None) -> Callable[[SlotArena], CopyBackend]:
-    """Give what makes an engine's copies: as fast as the disk is, or throttled."""
+def make_link(link_bytes_s: float | None) -> Callable[[CopyBackend], CopyBackend] | None:
+    """Give what an engine's copies go through: None as they are, or a link of so many bytes/s."""
     if link_bytes_s is None:
-        return DiskBackend
-    return lambda arena: ThrottledBackend(DiskBackend(arena), link_bytes_s)
+        return None
+    return functools.partial(ThrottledBackend, link_bytes_s=link_bytes_s)
 
 
 def _alone(drafter: SelfDraft, forward: Forward) -> Forward:

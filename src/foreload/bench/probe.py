@@ -102,7 +102,7 @@ def probe_experts(
     headers: ModelHeaders,
     *,
     folder: Path | None = None,
-    make_backend: Callable[[SlotArena], CopyBackend] = DiskBackend,
+    link: Callable[[CopyBackend], CopyBackend] | None = None,
 ) -> ExpertProbe:
     """Compute experts of the model's shape, copy the checkpoint's, and both at once.
 
@@ -112,7 +112,7 @@ def probe_experts(
         headers: The model.
         folder: On the disk that is meant: a scratch file of experts is written there where the
             checkpoint holds no weights. None leaves the copies out.
-        make_backend: Makes what moves the bytes.
+        link: What copies go through; None takes them as they are.
 
     Raises:
         ConfigError: No scratch file can be written in `folder`.
@@ -125,7 +125,7 @@ def probe_experts(
     room = min(_ARENA_BYTES, psutil.virtual_memory().available // 4)
     num_slots = max(2, min(room // headers.slot_bytes, headers.num_experts))
     with ExitStack() as stack:
-        probe = stack.enter_context(closing(_Probe(headers, num_slots, make_backend)))
+        probe = stack.enter_context(closing(_Probe(headers, num_slots, link)))
         if folder is not None:
             probe.plans = stack.enter_context(_readable(headers, folder, num_slots))
             # Memory that was never touched before takes longer to fill: this round is not counted.
@@ -249,7 +249,7 @@ class _Probe:
         self,
         headers: ModelHeaders,
         num_slots: int,
-        make_backend: Callable[[SlotArena], CopyBackend],
+        link: Callable[[CopyBackend], CopyBackend] | None,
     ) -> None:
         self.plans: Sequence[ExpertPlan] = ()
         self._headers = headers
@@ -266,8 +266,9 @@ class _Probe:
         self._slots = range(half, num_slots)
         dtype = getattr(torch, headers.spec.dtype)
         self._row = torch.ones(1, headers.spec.hidden_size, dtype=dtype)
+        copies = DiskBackend(self._arena)
         self._transfers = TransferEngine(
-            make_backend(self._arena), num_workers=EngineConfig().num_workers
+            copies if link is None else link(copies), num_workers=EngineConfig().num_workers
         )
 
     def close(self) -> None:

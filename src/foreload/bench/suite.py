@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from foreload.bench.arm import Arm, Sample
 from foreload.bench.machine import describe_machine
 from foreload.bench.measure import (
-    make_backend,
+    make_link,
     measure_bandwidth,
     run_engine_arm,
     run_stock_arm,
@@ -287,7 +287,7 @@ class _SuiteRun:
         probe = probe_experts(
             self._headers,
             folder=self._directory,
-            make_backend=make_backend(self._options.link_bytes_s),
+            link=make_link(self._options.link_bytes_s),
         )
         return probe.compute_share, probe.copy_share
 
@@ -364,7 +364,7 @@ class _SuiteRun:
             None,
             config,
             cache_dir=self._cache_dir,
-            backend=make_backend(self._options.link_bytes_s),
+            link=make_link(self._options.link_bytes_s),
         ) as engine:
             bandwidth = measure_bandwidth(engine)
             slots = engine.tiers.num_slots

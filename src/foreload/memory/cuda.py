@@ -37,8 +37,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_REGISTER_MAPPED = 2
-"""cudaHostRegisterMapped: the device gets an address for the memory, equal to the host's."""
+_REGISTER_FLAGS = 1 | 2
+"""cudaHostRegisterPortable, whichever device is the current one, and cudaHostRegisterMapped: the
+device gets an address for the memory, equal to the host's."""
 
 
 def has_device() -> bool:
@@ -94,7 +95,7 @@ def page_lock(address: int, num_bytes: int) -> None:
         CapacityError: The driver refused.
     """
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(runtime.cudaHostRegister(address, num_bytes, _REGISTER_MAPPED))
+    code = int(runtime.cudaHostRegister(address, num_bytes, _REGISTER_FLAGS))
     if code != 0:
         raise CapacityError(
             f"the driver refused to lock host memory for the experts (error {code})",

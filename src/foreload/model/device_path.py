@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import TensorPredictor
 
-__all__ = ["DevicePath"]
+__all__ = ["DevicePath", "make_kernels"]
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class DevicePath:
             )
             if device.type == "cuda":
                 self._host.page_lock()
-            kernels = _make_kernels(device)
+            kernels = make_kernels(device)
             self._experts = DeviceExperts(
                 layouts,
                 self._host.blocks,
@@ -290,7 +290,7 @@ class DevicePath:
         return DeviceSelfDraft(self.runtime, steps, metrics, governor, draft, forward)
 
 
-def _make_kernels(device: torch.device) -> ExpertKernels | None:
+def make_kernels(device: torch.device) -> ExpertKernels | None:
     """Give what computes on a device; None for the twins in plain torch.
 
     Raises:

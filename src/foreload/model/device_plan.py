@@ -25,6 +25,7 @@ __all__ = [
     "device_layouts",
     "draft_layouts",
     "kv_bytes_per_token",
+    "resident_draft_bytes",
     "stream_blocks",
 ]
 
@@ -74,6 +75,18 @@ def draft_layouts(
                 hint="use draft='none'",
             ) from error
     return found
+
+
+def resident_draft_bytes(loaded: LoadedModel, kind: str) -> int:
+    """Give the device memory a draft will take, from shapes alone; 0 for "none".
+
+    Raises:
+        UnsupportedModelError: These experts cannot be laid out quantised.
+    """
+    if kind == "none":
+        return 0
+    size = block_bytes(draft_layouts(loaded, device_layouts(loaded), kind))
+    return loaded.spec.num_moe_layers * loaded.spec.num_experts * size
 
 
 def block_bytes(layouts: list[ExpertLayout]) -> int:

@@ -56,6 +56,7 @@ __all__ = [
     "has_draft",
     "pack_expert",
     "read_draft",
+    "read_experts",
 ]
 
 DRAFT_BITS: Mapping[str, int] = {"int4": 4, "int8": 8}
@@ -223,7 +224,7 @@ def build_draft(
         order = [names[name] for name in writer.names]
         total = sum(plans[layer][expert].read_bytes for layer, expert in order)
         done = 0
-        read = _read_experts([plans[layer][expert] for layer, expert in order])
+        read = read_experts([plans[layer][expert] for layer, expert in order])
         with closing(read):
             for (layer, expert), tensors in zip(order, read, strict=True):
                 layout, experts = formats[layer], sites[layer].experts
@@ -370,10 +371,23 @@ def _matrix(tensors: Mapping[str, Tensor], experts: Any, matrix: str) -> Tensor:
     return weight.t() if experts.is_transposed else weight
 
 
-def _read_experts(
+def read_experts(
     plans: Sequence[ExpertPlan],
 ) -> Generator[dict[str, Tensor], None, None]:
-    """Read experts one after the other, the next one while this one is worked on."""
+    """Read experts one after the other, the next one while this one is worked on.
+
+    Args:
+        plans: How to read each of them.
+
+    Yields:
+        An expert's parameters by name, valid until the next one is asked for.
+
+    Raises:
+        TransferError: One cannot be read.
+
+    Cost:
+        Memory for two experts.
+    """
     arena = SlotArena(2, max(slot_bytes(plan) for plan in plans))
     backend = DiskBackend(arena)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from foreload.memory.tiers import ExpertTiers
     from foreload.metrics import Metrics
     from foreload.model.draft import DraftExperts
+    from foreload.model.resident_draft import ResidentDraft
     from foreload.model.runtime import ExpertRuntime
     from foreload.schedule.governor import Governor
     from foreload.schedule.orchestrator import Foresight
@@ -60,13 +61,13 @@ class SelfDraft:
         tiers: ExpertTiers,
         metrics: Metrics,
         governor: Governor,
-        draft: DraftExperts,
+        draft: DraftExperts | ResidentDraft,
         forward: Forward,
         *,
         num_layers: int,
     ) -> None:
         self.governor = governor
-        self.draft: DraftExperts | None = draft
+        self.draft: DraftExperts | ResidentDraft | None = draft
         self.is_prefetching = True
         self.on_round: Callable[[DraftRound], None] | None = None
         self.runtime = runtime
