@@ -602,7 +602,7 @@ class TestMemory:
 
     def test_the_arena_is_no_larger_than_asked(self, open_engine: Open) -> None:
         engine = open_engine(expert_memory="25%")
-        assert engine.expert_memory_bytes <= 0.25 * 64 * engine._arena.slot_bytes
+        assert engine.expert_memory_bytes <= 0.25 * 64 * engine.tiers._arena.slot_bytes
         assert engine.tiers.num_slots == 16
 
 

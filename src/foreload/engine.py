@@ -26,22 +26,13 @@ from foreload.decode.loop import StopText, decode
 from foreload.decode.prompt import encode_prompt
 from foreload.decode.text import Detokenizer
 from foreload.errors import ConfigError, ForeloadError, UnsupportedModelError
-from foreload.memory.arena import SlotArena
 from foreload.memory.cuda import find_device
-from foreload.memory.device_slots import DeviceSlots
 from foreload.memory.disk import DiskBackend
-from foreload.memory.eviction import make_eviction
-from foreload.memory.host_tier import HostTier
-from foreload.memory.staged import StagedBackend
-from foreload.memory.tiers import ExpertTiers
-from foreload.memory.transfer import TransferEngine
 from foreload.metrics import Metrics, Timeline
 from foreload.model.device_path import DevicePath
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
+from foreload.model.host_path import HostPath
 from foreload.model.kv_cache import make_kv_cache, rewind
-from foreload.model.resident_draft import make_resident_draft
-from foreload.model.runtime import ExpertRuntime
-from foreload.model.self_draft import SelfDraft
 from foreload.model.selfcheck import find_sum_rules
 from foreload.model.sites import router_logits
 from foreload.model.source import resolve_model
@@ -57,11 +48,9 @@ from foreload.resolution import (
     device_slots,
     prepare_draft,
     resolve,
-    slot_size,
 )
-from foreload.schedule.governor import Governor
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
-from foreload.schedule.prefetch import PrefetchSwitch, most_prefetches
+from foreload.schedule.prefetch import PrefetchSwitch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,6 +60,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foreload.decode.prompt import Prompt
+    from foreload.memory.arena import SlotArena
+    from foreload.memory.host_tier import HostTier
+    from foreload.memory.tiers import ExpertTiers
     from foreload.memory.transfer import CopyBackend
     from foreload.metrics import RequestStats
     from foreload.model.device_runtime import DeviceRuntime
@@ -78,7 +70,8 @@ if TYPE_CHECKING:
     from foreload.model.draft import DraftExperts
     from foreload.model.graph import StepGraph
     from foreload.model.hf import LoadedModel
-    from foreload.model.resident_draft import ResidentDraft
+    from foreload.model.runtime import ExpertRuntime
+    from foreload.model.self_draft import SelfDraft
     from foreload.model.sites import EarlyRouter, MoeSite
     from foreload.predict.estimator import CorrectedRouter, LayerNetwork
     from foreload.schedule.policy import ExecutionPolicy
@@ -180,17 +173,21 @@ class Engine:
         self._closed = False
         self._handles: list[Any] = []
         self._is_draft_optional = is_draft_optional
-        self._arena: SlotArena | DeviceSlots | None = None
-        self._staged: StagedBackend | None = None
-        self._tiers: ExpertTiers | None = None
-        self._runtime: ExpertRuntime | None = None
+        self._host: HostPath | None = None
         self._device: DevicePath | None = None
         self.drafter: SelfDraft | DeviceSelfDraft | None = None
         try:
             if config.orchestration == "device":
                 self._open_device_path(host_progress, draft_progress)
             else:
-                self._open_host_path(predictor, draft, backend, host_tier, link, draft_progress)
+                self._open_host_path(
+                    predictor,
+                    draft=draft,
+                    backend=backend,
+                    host_tier=host_tier,
+                    link=link,
+                    draft_progress=draft_progress,
+                )
         except BaseException:
             self.close()
             raise
@@ -304,12 +301,8 @@ class Engine:
         detach(self._loaded.sites)
         if self._device is not None:
             self._device.release()
-        if self._tiers is not None:
-            self._tiers.close()
-        if self._staged is not None:
-            self._staged.close()
-        if self._arena is not None:
-            self._arena.release()
+        if self._host is not None:
+            self._host.release()
 
     def __enter__(self) -> Engine:
         return self
@@ -329,9 +322,7 @@ class Engine:
         Raises:
             ConfigError: The device decides about experts: there are none.
         """
-        if self._tiers is None:
-            raise _host_needed()
-        return self._tiers
+        return self._require_host().tiers
 
     @property
     def runtime(self) -> ExpertRuntime:
@@ -340,9 +331,7 @@ class Engine:
         Raises:
             ConfigError: The device decides about experts: the host sees nothing of it.
         """
-        if self._runtime is None:
-            raise _host_needed()
-        return self._runtime
+        return self._require_host().runtime
 
     @property
     def device_runtime(self) -> DeviceRuntime:
@@ -396,11 +385,7 @@ class Engine:
     @property
     def expert_memory_bytes(self) -> int:
         """Give the size of the device tier, a draft included."""
-        if self._device is not None:
-            return self._device.num_bytes
-        drafter = self.drafter
-        held = 0 if drafter is None or drafter.draft is None else drafter.draft.num_bytes
-        return self.tiers.num_slots * slot_size(self._loaded.plans) + held
+        return (self._device or self._require_host()).num_bytes
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -458,18 +443,8 @@ class Engine:
         Raises:
             ConfigError: The experts lie on a device: its slots are given once.
         """
-        if self.drafter is None or self.drafter.draft is None:
-            return
-        tiers = self.tiers
-        if self._staged is not None:
-            raise ConfigError(
-                "the draft's memory on a device cannot be given to experts",
-                hint="open another engine, with draft='none'",
-            )
-        self.drafter.release()
-        most = int(self.config.expert_memory) // slot_size(self._loaded.plans)
-        tiers.grow(most - tiers.num_slots)
-        logger.info("the draft did not pay: its memory holds experts now")
+        if self.drafter is not None:
+            self._require_host().drop_draft()
 
     def early_routers(self) -> list[EarlyRouter]:
         """Give, per MoE layer, the model's own norm and router, to be asked with any residual."""
@@ -489,72 +464,36 @@ class Engine:
         self.runtime.score_rules = [site.scores for site in self._loaded.sites]
         self._watch_logits(self.runtime.see_logits)
 
-    def _open_host_path(
-        self,
-        predictor: Predictor | None,
-        draft: DraftExperts | ResidentDraft | None,
-        backend: Callable[[SlotArena], CopyBackend],
-        host_tier: Callable[[int], HostTier] | None,
-        link: Callable[[CopyBackend], CopyBackend] | None,
-        draft_progress: Callable[[int, int], None] | None,
-    ) -> None:
-        """Build what brings experts from disk, and let it run the MoE layers."""
-        config, loaded, spec = self.config, self._loaded, self.spec
+    def _open_host_path(self, predictor: Predictor | None, **parts: Any) -> None:
+        """Build what brings experts as the host decides, and let it run the MoE layers."""
+        config, loaded = self.config, self._loaded
         device = find_device(config.device)
         sum_rules = find_sum_rules(loaded.sites, self.model.dtype)
         if device != self.model.device:
             self.model.to(device)
-        size = slot_size(loaded.plans)
-        if device.type == "cuda" and host_tier is None:
-            host_tier = functools.partial(HostTier, int(config.host_memory), is_page_locked=True)
-        if host_tier is not None and config.draft != "none":
-            # Before the slots: quantising needs room that they would take.
-            draft = make_resident_draft(
-                loaded, config.draft, device, sum_rules=sum_rules, progress=draft_progress
-            )
-        num_slots = (int(config.expert_memory) - (0 if draft is None else draft.num_bytes)) // size
-        arena: SlotArena | DeviceSlots
-        copies: CopyBackend
-        if host_tier is None:
-            # Slots beyond those in use cost nothing: the draft's heirs if it is let go of.
-            arena = self._arena = SlotArena(int(config.expert_memory) // size, size)
-            copies = backend(arena)
-        else:
-            arena = self._arena = DeviceSlots(num_slots, size, device)
-            copies = self._staged = StagedBackend(arena, host_tier(size))
-        tiers = self._tiers = ExpertTiers(
-            arena,
-            loaded.plans,
-            TransferEngine(
-                copies if link is None else link(copies), num_workers=config.num_workers
-            ),
-            make_eviction(config.eviction, spec.num_moe_layers, spec.num_experts),
-            self.metrics,
-            self.timeline,
-            keep=config.eviction != "none",
-            num_slots=num_slots,
-        )
         switch = None
         if predictor is None and config.predictor != "none":
             predictor, switch = make_predictor(config, loaded, self.cache_dir), PrefetchSwitch()
             self.config = config.with_values(predictor=predictor.name)
-        self._runtime = ExpertRuntime(
-            tiers,
-            self.metrics,
-            self.timeline,
+        path = self._host = HostPath(
+            loaded,
+            config,
+            device,
             sum_rules=sum_rules,
+            forward=self.forward_all,
+            metrics=self.metrics,
+            timeline=self.timeline,
             predictor=predictor,
-            max_prefetches=most_prefetches(tiers.num_slots, spec.top_k),
             switch=switch,
+            **parts,
         )
-        attach(loaded.sites, self.runtime.run_layer)
+        self.drafter = path.drafter
+        attach(loaded.sites, path.runtime.run_layer)
         if predictor is not None:
-            self._watch_residuals(self.runtime.see_residual)
-        self.runtime.policy = self._make_policy()
-        if isinstance(self.runtime.policy, SpeculateWhen):
+            self._watch_residuals(path.runtime.see_residual)
+        path.runtime.policy = self._make_policy()
+        if isinstance(path.runtime.policy, SpeculateWhen):
             self.watch_routers()
-        if draft is not None:
-            self.drafter = self._make_drafter(draft)
 
     def _open_device_path(
         self,
@@ -595,8 +534,8 @@ class Engine:
 
     def _count(self) -> None:
         """Bring the counters up to date where others have counted."""
-        if self._staged is not None:
-            self.metrics.host_bytes = self._staged.host_bytes
+        if self._host is not None:
+            self.metrics.host_bytes = self._host.host_bytes
         if self._device is not None and not self._closed:
             self._device.runtime.count()
 
@@ -607,18 +546,6 @@ class Engine:
         if self.drafter is not None and self._device is None:
             rewind(kv_cache, 0)
         return logits
-
-    def _make_drafter(self, draft: DraftExperts | ResidentDraft) -> SelfDraft:
-        tokens = self.config.num_draft_tokens
-        return SelfDraft(
-            self.runtime,
-            self.tiers,
-            self.metrics,
-            Governor(pinned=None if isinstance(tokens, str) else tokens),
-            draft,
-            self.forward_all,
-            num_layers=self.spec.num_moe_layers,
-        )
 
     def _describe_governor(self, drafter: SelfDraft | DeviceSelfDraft) -> list[dict[str, Any]]:
         return [point._asdict() for point in drafter.governor.roofs()]
@@ -669,6 +596,14 @@ class Engine:
                 hint="shorten the prompt",
             )
         return limit - num_prompt_tokens
+
+    def _require_host(self) -> HostPath:
+        if self._host is None:
+            raise ConfigError(
+                "this needs the host to decide about experts, and here the device does",
+                hint="use orchestration='host'",
+            )
+        return self._host
 
     def _require_device(self) -> DevicePath:
         if self._device is None:
@@ -754,10 +689,3 @@ def _see_router(
     logits = router_logits(site, output)
     if logits is not None:
         see(site.layer, logits)
-
-
-def _host_needed() -> ConfigError:
-    return ConfigError(
-        "this needs the host to decide about experts, and here the device does",
-        hint="use orchestration='host'",
-    )

@@ -85,15 +85,16 @@ def test_greedy_tokens_are_those_without(
     with open_with_draft(
         checkpoints[family], blocks, draft=kind, num_draft_tokens=number
     ) as engine:
-        assert isinstance(engine._arena, DeviceSlots)
+        assert isinstance(engine.tiers._arena, DeviceSlots)
         assert engine.drafter is not None
         assert isinstance(engine.drafter.draft, ResidentDraft)
         assert say(engine) == plain[family]
         assert_settled(engine.tiers)
         assert engine.metrics.num_draft_tokens > 0
         assert engine.expert_memory_bytes == engine.config.expert_memory
-        arena = engine._arena
-        assert engine.num_slots == arena.num_slots, "what the draft takes is no slot's"
+        assert engine.num_slots == engine.tiers._arena.num_slots, (
+            "what the draft takes is no slot's"
+        )
 
 
 def test_what_drafting_names_is_copied_meanwhile(checkpoints: dict[str, Path]) -> None:

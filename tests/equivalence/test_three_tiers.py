@@ -85,7 +85,7 @@ def test_logits_and_texts_are_those_of_the_disk_path(
     disk = make_engine(checkpoints[family], dtype="float32", **settings)
     staged = open_staged(checkpoints[family], blocks, num_workers=3, **settings)
     with disk, staged:
-        assert isinstance(staged._arena, DeviceSlots)
+        assert isinstance(staged.tiers._arena, DeviceSlots)
         for number, (wanted, found) in enumerate(
             zip(logits_of(disk), logits_of(staged), strict=True)
         ):
@@ -101,7 +101,7 @@ def test_logits_and_texts_are_those_of_the_disk_path(
         assert staged.metrics.num_predicted
         assert staged.metrics.num_prefetched > 0
         assert disk.stats["host_bytes"] == 0
-        host = staged._staged._host
+        host = staged._host._staged._host
         assert host.disk_bytes + stats["host_bytes"] == stats["bytes_moved"]
         if blocks == "all":
             num_experts = sum(len(layer) for layer in staged._loaded.plans)
@@ -159,8 +159,9 @@ def test_a_link_is_that_to_the_slots(checkpoints: dict[str, Path]) -> None:
         measured = metrics.bytes_moved / metrics.link_s
         assert measured <= 1.05 * link_bytes_s
         assert measure_bandwidth(engine) <= 1.05 * link_bytes_s
-    assert engine._staged is not None
-    assert engine._staged._host._is_closed
+    assert engine._host is not None
+    assert engine._host._staged is not None
+    assert engine._host._staged._host._is_closed
 
 
 def test_a_link_that_cannot_be_slowed_down_is_refused(checkpoints: dict[str, Path]) -> None:
