@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from foreload.ops import triton_kernels, triton_present
+from foreload.ops import triton_grouped_kernels, triton_kernels, triton_present, triton_slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,8 +28,15 @@ DEVICE = torch.device("cuda", 0)
 FREE_BYTES = 4 << 30
 
 COPIES = {"aten::copy_", "aten::_to_copy"}
-KERNELS = [(triton_kernels, name) for name in triton_kernels.__all__ if not name.isupper()]
-KERNELS.append((triton_present, "choose_among_present"))
+KERNELS = [
+    (triton_slots, "assign_slots"),
+    (triton_slots, "copy_blocks"),
+    (triton_kernels, "expert_products"),
+    (triton_kernels, "sum_experts"),
+    (triton_grouped_kernels, "grouped_products"),
+    (triton_grouped_kernels, "sum_pairs"),
+    (triton_present, "choose_among_present"),
+]
 
 
 class Tape:
@@ -364,6 +371,8 @@ def pretend_cuda(patch: pytest.MonkeyPatch, *, is_quiet: bool = False) -> Iterat
         patch.setattr(torch.cuda, name, value)
     for module, name in KERNELS:
         patch.setattr(module, name, Launcher(getattr(module, name)))
+    # Kept by torch from its first use on: it must not be what stands in for torch.tensor.
+    torch.utils._device._device_constructors()
     # All of the host's memory is the device's own.
     make = torch.tensor
     patch.setattr(torch, "tensor", lambda data, *, pin_memory=False, **given: make(data, **given))
