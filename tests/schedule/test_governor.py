@@ -157,10 +157,10 @@ class TestChoosing:
 
     def test_the_longer_drafting_loses_the_rarer_it_is_tried(self) -> None:
         choices, _ = Play(MACHINES["drafting is dear"], noise=0.0).run(700)
-        tried = [number for number, choice in enumerate(choices) if choice][1:]
+        tried = [number for number, choice in enumerate(choices) if choice][2:]
         gaps = [after - before for before, after in itertools.pairwise(tried)]
         assert gaps == sorted(gaps)
-        assert (min(gaps), max(gaps)) == (80, 160)
+        assert (min(gaps), max(gaps)) == (40, 160)
 
     def test_plain_decoding_is_tried_often_where_it_is_nearly_as_good(self) -> None:
         machine = Machine(link_bytes_s=1.2e9, growth=0.9, acceptance=0.95)
@@ -177,8 +177,10 @@ class TestChoosing:
         assert play.run(100)[0][-15:].count(0) >= 14
 
     def test_the_first_rounds_measure_both_ways(self) -> None:
-        choices, _ = Play(Machine()).run(2)
-        assert choices == [0, MOST], "what lies between them is interpolated"
+        choices, _ = Play(Machine()).run(4)
+        assert set(choices[::2]) == {0}
+        assert min(choices[1::2]) > 0
+        assert choices[1] != choices[3], "two widths tell how costs grow"
 
     def test_one_slow_round_decides_nothing(self) -> None:
         play = Play(MACHINES["the link is slow"], noise=0.0)
@@ -228,8 +230,8 @@ class TestLimits:
             drafted = governor.choose(100)
             governor.learn((dear if number < 60 else cheap).report(drafted, drafted))
             idle.append(governor.num_idle_rounds)
-        assert idle[:2] == [0] * 2
-        assert idle[2:60] == list(range(1, 59)), "probes do not interrupt them"
+        assert idle[:5] == [0] * 5
+        assert idle[5:60] == list(range(1, 56)), "probes do not interrupt them"
         assert idle[-1] == 0
 
 

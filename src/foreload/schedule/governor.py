@@ -33,14 +33,14 @@ _TESTS_OF_ONE = 12
 """Tests of one position that weigh as much as what is known of all positions together."""
 _MARGIN = 1.04
 """Another number of draft tokens must promise this much more to be taken."""
-_FIRST_ROUNDS = (0, 8)
-"""What the first rounds draft: both ends are measured, and what lies between is interpolated."""
+_FIRST_ROUNDS = (0, 4, 0, 8, 0)
+"""What the first rounds draft: both ways, and as far as it goes, lest it be a guess."""
 _PLAIN_EVERY = 6
 """Rounds from one that drafts nothing to the next, while that promises nearly as much: its single
 token costs little."""
 _NEARLY = 0.8
 _PROBE_EVERY = 20
-_IDLE_PROBES = (40, 160)
+_IDLE_PROBES = (20, 160)
 """Rounds without a draft until one is tried again; doubled, up to the second, while it loses."""
 _HOPED_ACCEPTANCE = 0.97
 _HOPED_TESTS = 20
