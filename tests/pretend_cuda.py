@@ -17,7 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from foreload.ops import triton_kernels, triton_present
+from foreload.ops import (
+    triton_grouped_kernels,
+    triton_kernels,
+    triton_present,
+    triton_slots,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +33,12 @@ DEVICE = torch.device("cuda", 0)
 FREE_BYTES = 4 << 30
 
 COPIES = {"aten::copy_", "aten::_to_copy"}
-KERNELS = [(triton_kernels, name) for name in triton_kernels.__all__ if not name.isupper()]
+KERNELS = [
+    (module, name)
+    for module in (triton_grouped_kernels, triton_kernels, triton_slots)
+    for name in module.__all__
+    if not name.isupper()
+]
 KERNELS.append((triton_present, "choose_among_present"))
 
 
