@@ -3,10 +3,10 @@
     PYTHONPATH=src:benchmarks python -m gpu equivalence suites profile --output FOLDER
     PYTHONPATH=src:benchmarks python -m gpu replay --trace FILE --output FOLDER
 
-Each stage ends well within ten minutes and writes a JSON file under `--output`, after every row
-and whatever broke. Run through `scripts/gpu`, which has the stages that are tests and kernels alone
-as well. Nothing here runs on a machine without such a device, and nothing was measured by being
-written; `tests/bench/test_gpu_stages.py` runs every stage on a device that is not there.
+Each stage is to end well within ten minutes and writes a JSON file under `--output`, after every
+row and whatever broke. Run through `scripts/gpu`, which has the stages that are tests and kernels
+alone as well. Nothing here runs on a machine without such a device, and nothing was measured by
+being written; `tests/bench/test_gpu_stages.py` runs every stage on a device that is not there.
 """
 
 from __future__ import annotations
@@ -52,18 +52,19 @@ def main(argv: Sequence[str] | None = None, **sizes: Any) -> None:
 
     Args:
         argv: The command's words.
-        **sizes: Fields of `Settings` that no option gives.
+        **sizes: Fields of `Settings`, whatever the options say.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="+", choices=STAGES)
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files")
     parser.add_argument("--trace", type=Path, help="recorded routing, for replay")
     parser.add_argument("--layers", type=int, default=6, help="layers of the model to replay on")
+    parser.add_argument("--trials", type=int, default=5, dest="num_trials", help="texts per arm")
     arguments = vars(parser.parse_args(argv))
     if not has_device():
         sys.exit("this needs a CUDA device, and torch sees none here")
     stages = arguments.pop("stages")
-    settings = Settings(**arguments, **sizes)
+    settings = Settings(**{**arguments, **sizes})
     settings.output.mkdir(parents=True, exist_ok=True)
     # A stage that broke leaves the others to run.
     fine = [run_stage(stage, settings) for stage in stages]

@@ -321,23 +321,18 @@ def accelerate_arm(path: Path) -> Iterator[RunText]:
     """
     if find_spec("accelerate") is None:
         raise ModuleNotFoundError("accelerate is not installed here")
+    from accelerate import dispatch_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16,
-        device_map=_experts_on_cpu(path),
-        experts_implementation="grouped_mm",
+        path, dtype=torch.bfloat16, experts_implementation="grouped_mm"
     )
+    model = dispatch_model(model.eval(), _experts_on_cpu(model))
     yield lambda workload: Outcome(_run_plain(model, workload), [], {})
 
 
-def _experts_on_cpu(path: Path) -> dict[str, str]:
+def _experts_on_cpu(model: Any) -> dict[str, str]:
     """Gives a device map that has all but the experts on the device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     experts = {site.name for site in discover_sites(model)}
     places = {}
     for name, module in model.named_modules():

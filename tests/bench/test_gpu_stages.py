@@ -1,4 +1,4 @@
-"""Every stage of `benchmarks/gpu.py` runs to its end, on a device that is not there.
+"""Every stage of `benchmarks/gpu` runs to its end, on a device that is not there.
 
 Kernels are launched and give zeros: what is tested is that no stage trips over itself.
 """
