@@ -327,8 +327,15 @@ def accelerate_arm(path: Path) -> Iterator[RunText]:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, experts_implementation="grouped_mm"
     )
-    model = dispatch_model(model.eval(), _experts_on_cpu(model))
-    yield lambda workload: Outcome(_run_plain(model, workload), [], {})
+    places = _experts_on_cpu(model)
+    moved = sum(
+        parameter.nbytes
+        for name, module in model.named_modules()
+        if places.get(name) == "cpu"
+        for parameter in module.parameters()
+    )
+    model = dispatch_model(model.eval(), places)
+    yield lambda workload: Outcome(_run_plain(model, workload), [], {"bytes_per_token": moved})
 
 
 def _experts_on_cpu(model: Any) -> dict[str, str]:
