@@ -105,7 +105,7 @@ def measure(loaded: LoadedModel, draft: Any, kind: str, num_tokens: int) -> Tall
             raise SystemExit("the engine has no draft")
         drafter.on_round = lambda this: tally.see(this, routing)
         for workload in workloads:
-            run_rounds(drafter, engine.forward, workload, engine.make_request_cache())
+            run_rounds(drafter, engine._prefill, workload, engine.make_request_cache())
     return tally
 
 

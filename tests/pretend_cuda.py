@@ -8,6 +8,7 @@ Kernels are Triton's, interpreted. Streams keep no order that the host does not 
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from foreload.ops import triton_grouped_kernels, triton_kernels, triton_present, triton_slots
 
@@ -39,6 +39,33 @@ KERNELS = [
 ]
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Give the tensors in arguments or outputs; torch's own way to do it takes most of the time."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for each in value for tensor in tensors_in(each)]
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Copy arguments or outputs with other tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: with_tensors(each, change) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)([with_tensors(each, change) for each in value])
+    return value
+
+
+def there(tensor: Tensor) -> Tensor:
+    """Give the memory that a tensor stands for."""
+    return tensor.elem if isinstance(tensor, OnDevice) else tensor
+
+
 class Tape:
     """What was asked for in a capture, with the memory it reads and writes."""
 
@@ -46,11 +73,10 @@ class Tape:
         self.steps: list[Callable[[], None]] = []
 
     def add(self, call: Callable[[], Any], outputs: Any) -> None:
-        held = [each for each in tree_flatten(outputs)[0] if isinstance(each, Tensor)]
+        held = tensors_in(outputs)
 
         def again() -> None:
-            made = [each for each in tree_flatten(call())[0] if isinstance(each, Tensor)]
-            for old, new in zip(held, made, strict=True):
+            for old, new in zip(held, tensors_in(call()), strict=True):
                 # Views and what was written in place are where they were.
                 if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.copy_(new)
@@ -181,7 +207,7 @@ def indexed(
         is_mask = isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8)
         if is_mask or (type(each) is Tensor and each.ndim):
             wait("a mask, or an index in the host's memory,")
-    real = tree_map_only(OnDevice, lambda each: each.elem, place)
+    real = with_tensors(place, there)
 
     def call() -> Any:
         with torch.utils._python_dispatch._disable_current_modes():
@@ -196,17 +222,16 @@ def indexed(
 def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation where its tensors are."""
     # In inference mode an operation made of others arrives whole.
-    with Pretend():
-        made_of_others = function.decompose(*args, **kwargs)
-    if made_of_others is not NotImplemented:
-        return made_of_others
+    if is_made_of_others(function):
+        with Pretend():
+            return function.decompose(*args, **kwargs)
     name = function._schema.name
-    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-    there = [each for each in tensors if isinstance(each, OnDevice)]
+    tensors = tensors_in((args, kwargs))
+    theirs = [each for each in tensors if isinstance(each, OnDevice)]
     here = [each for each in tensors if not isinstance(each, OnDevice)]
     device = kwargs.get("device")
-    is_there = bool(there) if device is None else torch.device(device).type == "cuda"
-    if there and name == "aten::_local_scalar_dense":
+    is_there = bool(theirs) if device is None else torch.device(device).type == "cuda"
+    if theirs and name == "aten::_local_scalar_dense":
         wait(name)
     elif name in COPIES:
         is_target_there = isinstance(args[0], OnDevice) if name == "aten::copy_" else is_there
@@ -217,29 +242,44 @@ def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             source = args[-1]
             if source.ndim or name != "aten::copy_":
                 raise RuntimeError("a copy from the host's memory, and a step is being captured")
-    elif there and any(each.ndim for each in here):
+    elif theirs and any(each.ndim for each in here):
         shapes = [(str(each.device), tuple(each.shape)) for each in tensors]
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, got {shapes}")
-    real_args, real_kwargs = tree_map_only(OnDevice, lambda each: each.elem, (args, kwargs))
+    real_args, real_kwargs = with_tensors(args, there), with_tensors(kwargs, there)
     if device is not None and is_there:
         real_kwargs = {**real_kwargs, "device": torch.device("cpu")}
     real_kwargs.pop("pin_memory", None)
 
     def call() -> Any:
+        if name == "aten::histc":
+            # The device counts whole numbers, the processor does not.
+            return function(real_args[0].float(), *real_args[1:], **real_kwargs).to(args[0].dtype)
         return function(*real_args, **real_kwargs)
 
     # A capture computes nothing: what is only made has a shape to be given, what is there stays.
     is_written = MACHINE.tape is not None and is_there and function._schema.is_mutable
     outputs = real_args[0] if is_written else call()
+    if MACHINE.tape is not None and name.startswith("aten::empty"):
+        # What would be written to it is not, and it may be taken for an index.
+        outputs.zero_()
     if is_there and MACHINE.tape is not None:
         MACHINE.tape.add(call, outputs)
     if not is_there:
         return outputs
     # What was written in place is what it was.
-    known = {id(each.elem): each for each in there}
-    return tree_map_only(
-        Tensor, lambda each: known[id(each)] if id(each) in known else OnDevice(each), outputs
-    )
+    known = {id(each.elem): each for each in theirs}
+    # A view of what was made outside inference mode belongs there too.
+    is_outside = function.is_view and any(not each.is_inference() for each in theirs)
+    with torch.inference_mode(False) if is_outside else nullcontext():
+        return with_tensors(
+            outputs, lambda each: known[id(each)] if id(each) in known else OnDevice(each)
+        )
+
+
+@functools.cache
+def is_made_of_others(function: Any) -> bool:
+    """Tell whether torch knows an operation as a composition alone."""
+    return bool(function._can_decompose())
 
 
 class Launcher:
@@ -255,7 +295,7 @@ class Launcher:
                     raise ValueError(
                         "Pointer argument cannot be accessed from Triton (cpu tensor?)"
                     )
-            real = tree_map_only(OnDevice, lambda each: each.elem, args)
+            real = with_tensors(args, there)
 
             def call() -> None:
                 with torch.utils._python_dispatch._disable_current_modes():
@@ -371,9 +411,9 @@ def pretend_cuda(patch: pytest.MonkeyPatch, *, is_quiet: bool = False) -> Iterat
         patch.setattr(torch.cuda, name, value)
     for module, name in KERNELS:
         patch.setattr(module, name, Launcher(getattr(module, name)))
-    # Kept by torch from its first use on: it must not be what stands in for torch.tensor.
+    # All of the host's memory is the device's own. Torch keeps the functions that a device context
+    # is for from the first use of one on: they must be its own.
     torch.utils._device._device_constructors()
-    # All of the host's memory is the device's own.
     make = torch.tensor
     patch.setattr(torch, "tensor", lambda data, *, pin_memory=False, **given: make(data, **given))
     # torch.tensor makes its tensor here, and copies it there where the mode sees it.

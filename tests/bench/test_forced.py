@@ -35,16 +35,6 @@ def test_forced_decoding_feeds_the_prompt_then_each_token() -> None:
     assert len(forced.step_s) == 2
 
 
-class Past:
-    """A cache that is only asked to go back."""
-
-    def __init__(self) -> None:
-        self.crops: list[int] = []
-
-    def crop(self, num_tokens: int) -> None:
-        self.crops.append(num_tokens)
-
-
 class Script:
     """A drafter whose target names the number of its forward, and whose draft errs on request."""
 
@@ -92,14 +82,12 @@ def logits_of(best: int, mark: float = 0.0) -> Tensor:
 
 def run_script(script: Script, text: tuple[int, ...], num_prompt: int) -> list[float]:
     """Run rounds; give the mark of every step."""
-    past = Past()
     forced = run_rounds(
         script,  # type: ignore[arg-type]
         lambda ids, cache: logits_of(1, mark=float(ids[0, -1])),
         Workload(text, num_prompt),
-        past,
+        "cache",
     )
-    assert past.crops == [0], "what the prompt leaves is settled once"
     assert len(forced.step_s) == len(script.settled)
     assert forced.prefill_s >= 0
     return forced.logits[:, 0].tolist()
@@ -150,7 +138,7 @@ class TestEngines:
         steps = run_forced(engine.forward, WORKLOAD, engine.make_cache())
         assert engine.drafter is not None
         cache = engine.make_request_cache()
-        rounds = run_rounds(engine.drafter, engine.forward, WORKLOAD, cache)
+        rounds = run_rounds(engine.drafter, engine._prefill, WORKLOAD, cache)
         assert rounds.logits.shape == steps.logits.shape == (1 + 14, 320)
         assert torch.equal(rounds.logits[0], steps.logits[0])
         assert torch.allclose(rounds.logits, steps.logits, atol=1e-3)
@@ -167,6 +155,6 @@ class TestEngines:
     ) -> None:
         engine = open_engine(draft="int8", num_draft_tokens=4, cache_dir=drafts)
         assert engine.drafter is not None
-        run_rounds(engine.drafter, engine.forward, WORKLOAD, engine.make_request_cache())
+        run_rounds(engine.drafter, engine._prefill, WORKLOAD, engine.make_request_cache())
         assert engine.metrics.acceptance_rate is not None
         assert engine.metrics.acceptance_rate > 0.5

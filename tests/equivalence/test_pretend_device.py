@@ -86,6 +86,19 @@ def test_policies_run_with_three_tiers(
         assert not machine.locked
 
 
+def test_a_step_that_copies_from_the_host_runs_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Phi-3.5-MoE makes the frequencies of its rotary embedding anew in every forward."""
+    path = zoo.save_family("phimoe", tmp_path / "model", torch.float32).path
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True) as machine:
+        with make_engine(path, **DEVICE, orchestration="device") as engine:
+            result = engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)
+        assert (machine.num_captures, machine.num_replays) == (1, 0)
+    assert result.stats.num_output_tokens > 0
+    assert caplog.text.count("cannot be captured") == 1
+
+
 class TestTheDevice:
     """It refuses what one that is there would refuse."""
 
@@ -118,6 +131,18 @@ class TestTheDevice:
                 torch.cuda.graph(torch.cuda.CUDAGraph()),
             ):
                 ask(there)
+
+    def test_it_leaves_torch_as_it_was(self) -> None:
+        with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch), torch.device("meta"):
+            assert torch.tensor([1]).device.type == "meta"
+        with torch.device("meta"):
+            assert torch.tensor([1]).device.type == "meta"
+
+    def test_whole_numbers_are_counted(self) -> None:
+        with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch):
+            there = torch.tensor([0, 1, 1], device="cuda:0")
+            found = torch.histc(there, bins=2, min=0, max=1)
+            assert (found.dtype, found.tolist()) == (torch.int64, [1, 2])
 
     def test_a_replay_computes_on_what_is_there_and_a_capture_does_not(self) -> None:
         with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch):

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreload.model.kv_cache import rewind
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
     from foreload.bench.workload import Workload
-    from foreload.model.self_draft import SelfDraft
+    from foreload.decode.loop import Drafter
 
     Forward = Callable[[Tensor, Any], Tensor]
 
@@ -55,9 +53,7 @@ def run_forced(forward: Forward, workload: Workload, kv_cache: Any) -> ForcedRun
     return ForcedRun(torch.stack(rows), prefill_s, step_s)
 
 
-def run_rounds(
-    drafter: SelfDraft, prefill: Forward, workload: Workload, kv_cache: Any
-) -> ForcedRun:
+def run_rounds(drafter: Drafter, prefill: Forward, workload: Workload, kv_cache: Any) -> ForcedRun:
     """Prefill the prompt, then decode the rest in rounds of drafting and verifying.
 
     The text is forced here too: the draft is fed the text's own tokens, and one counts as accepted
@@ -65,7 +61,8 @@ def run_rounds(
 
     Args:
         drafter: Makes the rounds.
-        prefill: From the prompt's token ids (1, T) and a cache to the last position's logits (V,).
+        prefill: From the prompt's token ids (1, T) and a cache, which it leaves as rounds need it,
+            to the last position's logits (V,).
         workload: What to feed.
         kv_cache: Empty cache that can go back.
 
@@ -77,7 +74,6 @@ def run_rounds(
     start = time.perf_counter()
     rows = [prefill(torch.tensor([ids[:place]]), kv_cache)]
     prefill_s = time.perf_counter() - start
-    rewind(kv_cache, 0)
     step_s = []
     drafted: list[int] = []
     while place < len(ids):
@@ -95,7 +91,8 @@ def run_rounds(
             agreed = [one == other for one, other in zip(drafted, best, strict=False)]
             accepted = agreed.index(False) if False in agreed else len(agreed)
             this_round.settle(accepted)
-        rows.extend(logits[: accepted + 1])
+        # Where the device decides, the next round's will be where these are.
+        rows.extend(logits[: accepted + 1].to(rows[0].device, copy=True))
         place += accepted + 1
         step_s.append(time.perf_counter() - start)
     return ForcedRun(torch.stack(rows), prefill_s, step_s)

@@ -19,7 +19,7 @@ from foreload.config import EngineConfig
 from foreload.engine import Engine
 from foreload.evaluate import compare_logits
 from foreload.memory.throttle import ThrottledBackend
-from foreload.model.kv_cache import make_kv_cache
+from foreload.model.kv_cache import make_kv_cache, rewind
 from foreload.model.self_draft import SelfDraft
 from foreload.predict.draft_routing import LookaheadBuffer
 from foreload.predict.estimator import Estimator
@@ -43,7 +43,14 @@ if TYPE_CHECKING:
 
     Forward = Callable[[Tensor, Any], Tensor]
 
-__all__ = ["make_link", "measure_bandwidth", "run_engine_arm", "run_stock_arm"]
+__all__ = [
+    "judge",
+    "load_all",
+    "make_link",
+    "measure_bandwidth",
+    "run_engine_arm",
+    "run_stock_arm",
+]
 
 
 def run_engine_arm(
@@ -103,7 +110,7 @@ def run_engine_arm(
     recorder = RoutingRecorder(engine.spec.num_moe_layers, engine.spec.num_experts)
     with engine:
         if arm.is_resident:
-            _load_all(engine)
+            load_all(engine)
         engine.tiers.is_layerwise = arm.is_layerwise
         predictor = engine.runtime.predictor
         if arm.is_pure and isinstance(predictor, Estimator):
@@ -135,7 +142,13 @@ def run_engine_arm(
         elif arm.is_draft_alone:
             run = run_forced(_alone(drafter, forward), workload, engine.make_cache())
         else:
-            run = run_rounds(drafter, forward, workload, engine.make_request_cache())
+
+            def prefill(ids: Tensor, kv_cache: Any) -> Tensor:
+                logits = forward(ids, kv_cache)
+                rewind(kv_cache, 0)
+                return logits
+
+            run = run_rounds(drafter, prefill, workload, engine.make_request_cache())
         # The first forward is the prefill, however short the prompt.
         counted = engine.metrics.since(marks[0])
         tokens = workload.num_decode_tokens
@@ -173,7 +186,7 @@ def run_engine_arm(
             if reference is not None:
                 sample.num_other, sample.widest_tie = _compare_choices(run.logits, reference)
         if arm.is_lossy and reference is not None:
-            sample.quality = _judge(run, reference, workload)
+            sample.quality = judge(run, reference, workload)
         engine.timeline.is_on = False
         return sample, run, recorder.trace, engine.timeline
 
@@ -271,8 +284,12 @@ def _is_equal(run: ForcedRun, reference: Tensor | None, arm: Arm) -> bool:
     return torch.equal(run.logits[:compared], reference[:compared])
 
 
-def _judge(run: ForcedRun, reference: Tensor, workload: Workload) -> dict[str, list[float]]:
-    """Compare a lossy arm's logits with the exact ones, where the text says what follows."""
+def judge(run: ForcedRun, reference: Tensor, workload: Workload) -> dict[str, list[float]]:
+    """Compare a lossy arm's logits with the exact ones, where the text says what follows.
+
+    Returns:
+        What `evaluate.TokenQuality` has, of each decoded token that another follows.
+    """
     following = workload.token_ids[workload.num_prompt_tokens + 1 :]
     next_ids = torch.tensor(following, dtype=torch.int64)
     quality = compare_logits(reference[1:-1], run.logits[1:-1], next_ids)
@@ -284,7 +301,8 @@ def _is_close(logits: Tensor, reference: Tensor) -> bool:
     return bool(gap <= 0.05 * reference.float().std())
 
 
-def _load_all(engine: Engine) -> None:
+def load_all(engine: Engine) -> None:
+    """Bring every expert once, to whatever tiers have room for it."""
     for layer in range(engine.spec.num_moe_layers):
         for _ in engine.tiers.demand(layer, list(range(engine.spec.num_experts))):
             pass

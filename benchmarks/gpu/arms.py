@@ -1,0 +1,372 @@
+"""Ways to decode a given text on the device, each opened once and run on text after text.
+
+An arm gives, for a workload, the logits of every step, the time of every step, and what was counted
+behind the prompt. What a step leaves is waited for by asking which token is the likeliest, as
+greedy decoding does.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from foreload.bench.forced import ForcedRun, run_forced, run_rounds
+from foreload.bench.measure import load_all
+from foreload.model.graph import StepGraphs
+from foreload.model.kv_cache import make_kv_cache, make_static_cache
+from foreload.model.sites import discover_sites
+from foreload.trace.record import RoutingRecorder
+from gpu.common import DEVICE, load_resident, open_engine, open_staged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from foreload import Engine
+    from foreload.bench.workload import Workload
+    from foreload.model.graph import StepGraph
+    from foreload.trace.record import RoutingTrace
+    from gpu.common import Row
+
+    RunText = Callable[[Workload], "Outcome"]
+
+RESIDENT = ("grouped_mm", "batched_mm")
+
+
+class Outcome(NamedTuple):
+    """One run of one arm over one workload.
+
+    Attributes:
+        run: Logits (1 + T, V) on the device, and seconds of every step or round.
+        launch_s: Seconds of each step until the host was free again; empty where the host itself
+            takes part in the step.
+        counted: What was counted behind the prompt.
+    """
+
+    run: ForcedRun
+    launch_s: list[float]
+    counted: Row
+
+
+class Forcing:
+    """Sends single tokens where a trace says, whatever the routers answer.
+
+    Args:
+        demands: Experts of each step and layer.
+        top_k: Experts of each of them.
+    """
+
+    def __init__(self, demands: Sequence[Sequence[Sequence[int]]], top_k: int) -> None:
+        self._steps = [
+            torch.tensor([[experts[:top_k]] for experts in layers], pin_memory=True)
+            for layers in demands
+        ]
+        self._top_k = top_k
+        self._now = torch.zeros_like(self._steps[0], device=DEVICE)
+
+    def attach(self, model: Any) -> None:
+        """Have the experts of a model called with what the trace says."""
+        for site in discover_sites(model):
+            redirect = functools.partial(self._redirect, site.layer)
+            site.experts.register_forward_pre_hook(redirect)
+
+    def begin(self, number: int) -> None:
+        """Set where the tokens of a step go; the host does not wait."""
+        self._now.copy_(self._steps[number % len(self._steps)], non_blocking=True)
+
+    def _redirect(self, layer: int, module: Any, given: tuple[Tensor, ...]) -> Any:
+        hidden, index, weights = given
+        if len(index) != 1:
+            return None
+        return hidden, self._now[layer], weights[:, : self._top_k].contiguous()
+
+
+class _Steps:
+    """The forward of a forced run: the prompt first, then one token at a time.
+
+    Args:
+        prefill: From the prompt's token ids (1, T) and a cache to the last logits (V,).
+        ask: From a token to the logits (V,) behind it, waited for.
+        forcing: Where single tokens are sent; None lets the routers say.
+    """
+
+    def __init__(
+        self,
+        prefill: Callable[[Tensor, Any], Tensor],
+        ask: Callable[[int], Tensor],
+        forcing: Forcing | None = None,
+    ) -> None:
+        self._prefill = prefill
+        self._ask = ask
+        self._forcing = forcing
+        self._number = -1
+
+    def __call__(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
+        number, self._number = self._number, self._number + 1
+        if number < 0:
+            return self._prefill(token_ids, kv_cache).to(DEVICE)
+        if self._forcing is not None:
+            self._forcing.begin(number)
+        return self._ask(int(token_ids)).to(DEVICE)
+
+
+class _Launches:
+    """Asks a step for one token after the other, as greedy decoding does.
+
+    Attributes:
+        took_s: Seconds of each until the host was free again.
+    """
+
+    def __init__(self, step: StepGraph) -> None:
+        self.took_s: list[float] = []
+        self._step = step
+
+    def __call__(self, token: int) -> Tensor:
+        start = time.perf_counter()
+        logits, likeliest = self._step.run([token])
+        self.took_s.append(time.perf_counter() - start)
+        # The next step's will be where these are.
+        kept = logits[-1].clone()
+        int(likeliest[-1])
+        return kept
+
+
+class _Counts:
+    """What an engine counts behind the prompt."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def prefill(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
+        engine = self._engine
+        logits = engine._prefill(token_ids, kv_cache).to(DEVICE)
+        engine._count()
+        self._before = engine.metrics.snapshot()
+        return logits
+
+    def since(self, workload: Workload) -> Row:
+        engine, num_tokens = self._engine, workload.num_decode_tokens
+        engine._count()
+        counted = engine.metrics.since(self._before)
+        found = {
+            "num_slots": engine.num_slots,
+            "hit_rate": counted.hit_rate,
+            "bytes_per_token": counted.bytes_moved / num_tokens,
+            "prefetch_precision": counted.prefetch_precision,
+            "speculated_fraction": counted.speculated_fraction,
+        }
+        if engine.config.orchestration == "device":
+            found["slots_per_layer"] = list(engine.slots_per_layer)
+        if engine.drafter is not None:
+            found |= {
+                "acceptance_rate": counted.acceptance_rate,
+                "accept_length": counted.accept_length,
+                "rounds_by_draft": dict(sorted(engine.drafter.governor.rounds_by_draft.items())),
+            }
+        return found
+
+
+@contextmanager
+def device_arm(
+    model: Path, share: float, *, forcing: Forcing | None = None, **settings: Any
+) -> Iterator[RunText]:
+    """Opens an engine whose device decides."""
+    with open_engine(model, share, **settings) as engine:
+        path = engine._device
+        if path is None:
+            raise RuntimeError("the engine does not let the device decide")
+        if forcing is not None:
+            forcing.attach(engine.model)
+
+        def run(workload: Workload) -> Outcome:
+            counts = _Counts(engine)
+            with path.lend_step(len(workload.token_ids)) as step:
+                if step is None:
+                    raise RuntimeError(f"{engine.spec.architecture} has no static KV cache")
+                is_captured = _capture(engine, step)
+                launches = _Launches(step)
+                if engine.drafter is not None:
+                    ran = run_rounds(engine.drafter, counts.prefill, workload, step.cache)
+                else:
+                    steps = _Steps(counts.prefill, launches, forcing)
+                    ran = run_forced(steps, workload, step.cache)
+            counted = {"is_captured": is_captured, **counts.since(workload)}
+            return Outcome(ran, launches.took_s, counted)
+
+        yield run
+
+
+def _capture(engine: Engine, step: StepGraph) -> bool:
+    """Capture whatever a request may use, before any clock runs; tell whether all could be."""
+    steps, drafter = [step], engine.drafter
+    if drafter is not None:
+        widths = range(2, drafter.governor.most + 2)
+        steps += [drafter.verifying_step(step, width) for width in widths]
+        steps.append(drafter.drafting_step(step))
+    for each in steps:
+        each.prepare()
+    return all(each.is_captured for each in steps)
+
+
+@contextmanager
+def host_arm(
+    model: Path,
+    share: float,
+    *,
+    forcing: Forcing | None = None,
+    is_layerwise: bool = False,
+    **settings: Any,
+) -> Iterator[RunText]:
+    """Opens an engine whose host decides, with every expert in page-locked host memory."""
+    with open_staged(model, share, 100, **settings) as engine:
+        engine.tiers.is_layerwise = is_layerwise
+        load_all(engine)
+        if forcing is not None:
+            forcing.attach(engine.model)
+
+        def run(workload: Workload) -> Outcome:
+            counts, cache = _Counts(engine), engine.make_cache()
+
+            def ask(token: int) -> Tensor:
+                return engine.forward(torch.tensor([[token]]), cache)
+
+            ran = run_forced(_Steps(counts.prefill, ask, forcing), workload, cache)
+            return Outcome(ran, [], counts.since(workload))
+
+        yield run
+
+
+def record_routing(model: Path, windows: Sequence[Workload]) -> list[RoutingTrace]:
+    """Gives where each window's tokens are sent, the prompt being the first step."""
+    traces = []
+    with open_engine(model, 100, predictor="none") as engine:
+        for window in windows:
+            recorder = RoutingRecorder(engine.spec.num_moe_layers, engine.spec.num_experts)
+            cache = engine.make_cache()
+
+            def ask(token: int, cache: Any = cache) -> Tensor:
+                return engine.forward(torch.tensor([[token]]), cache)
+
+            with engine.device_runtime.showing(recorder):
+                run_forced(_Steps(engine._prefill, ask), window, cache)
+            traces.append(recorder.trace)
+    return traces
+
+
+class ResidentModel:
+    """transformers' model with all of its experts on the device, beside which all is compared.
+
+    Args:
+        path: The checkpoint.
+        forcing: Where single tokens are sent; None lets the routers say.
+    """
+
+    def __init__(self, path: Path, forcing: Forcing | None = None) -> None:
+        self._model = load_resident(path, torch.bfloat16)
+        self._forcing = forcing
+        if forcing is not None:
+            forcing.attach(self._model)
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self._graphs = {
+            name: StepGraphs(
+                functools.partial(_forward_all, self._model),
+                functools.partial(make_static_cache, self._model),
+                torch.device(DEVICE),
+                is_captured=True,
+                most_positions=limit,
+            )
+            for name in RESIDENT
+        }
+
+    def eager_logits(self, workload: Workload) -> Tensor:
+        """Gives the logits (1 + T, V) of its eager experts, nothing captured."""
+        self._model.set_experts_implementation("eager")
+        return _run_plain(self._model, workload, self._forcing).logits
+
+    def run(self, implementation: str, workload: Workload) -> Outcome:
+        """Decodes under one CUDA graph, with the experts implementation of that name."""
+        model = self._model
+
+        def prefill(token_ids: Tensor, kv_cache: Any) -> Tensor:
+            # batched_mm copies every token's experts, and is for decoding only.
+            model.set_experts_implementation("grouped_mm")
+            logits = _forward_all(model, token_ids.to(DEVICE), kv_cache)[-1]
+            model.set_experts_implementation(implementation)
+            return logits
+
+        with self._graphs[implementation].lend(len(workload.token_ids)) as step:
+            launches = _Launches(step)
+            steps = _Steps(prefill, launches, self._forcing)
+            ran = run_forced(steps, workload, step.cache)
+            return Outcome(ran, launches.took_s, {"is_captured": step.is_captured})
+
+    def close(self) -> None:
+        """Let go of captured steps; the weights go with this object."""
+        for graphs in self._graphs.values():
+            graphs.release()
+
+
+@contextmanager
+def accelerate_arm(path: Path) -> Iterator[RunText]:
+    """Opens transformers' model with its experts in host memory, from where accelerate brings them.
+
+    A layer's experts come all together, whichever are wanted, and leave when it is done.
+    """
+    if find_spec("accelerate") is None:
+        raise ModuleNotFoundError("accelerate is not installed here")
+    from accelerate import dispatch_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, experts_implementation="grouped_mm"
+    )
+    places = _experts_on_cpu(model)
+    moved = sum(
+        parameter.nbytes
+        for name, module in model.named_modules()
+        if places.get(name) == "cpu"
+        for parameter in module.parameters()
+    )
+    model = dispatch_model(model.eval(), places)
+    yield lambda workload: Outcome(_run_plain(model, workload), [], {"bytes_per_token": moved})
+
+
+def _experts_on_cpu(model: Any) -> dict[str, str]:
+    """Gives a device map that has all but the experts on the device."""
+    experts = {site.name for site in discover_sites(model)}
+    places = {}
+    for name, module in model.named_modules():
+        if name in experts:
+            places[name] = "cpu"
+        elif any(True for _ in (*module.parameters(False), *module.buffers(False))):
+            places[name] = DEVICE
+    return places
+
+
+def _run_plain(model: Any, workload: Workload, forcing: Forcing | None = None) -> ForcedRun:
+    """Runs a transformers model as it is, nothing captured."""
+    cache = make_kv_cache(model)
+
+    def forward(token_ids: Tensor, kv_cache: Any) -> Tensor:
+        return _forward_all(model, token_ids.to(DEVICE), kv_cache)[-1]
+
+    def ask(token: int) -> Tensor:
+        logits = forward(torch.tensor([[token]]), cache)
+        int(logits.argmax())
+        return logits
+
+    return run_forced(_Steps(forward, ask, forcing), workload, cache)
+
+
+def _forward_all(model: Any, token_ids: Tensor, kv_cache: Any) -> Tensor:
+    with torch.inference_mode():
+        output = model(input_ids=token_ids, past_key_values=kv_cache, use_cache=True)
+        logits: Tensor = output.logits[0]
+        return logits

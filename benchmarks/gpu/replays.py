@@ -1,0 +1,49 @@
+"""Times of random weights in the shape of Qwen3-30B-A3B, under routing that was recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING
+
+from gpu.arms import Forcing
+from gpu.common import shares_of
+from gpu.suites import LRU, on_device, on_host, open_bench, tell_all, tell_belady, tell_goals
+from gpu.trials import read_windows, run_trials
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gpu.common import Row, Settings
+
+
+def replay(settings: Settings) -> Iterator[Row]:
+    """Times each share beside the resident model under one graph, all of them routed alike."""
+    from foreload.bench.random_models import make_random_checkpoint
+    from foreload.trace.read import read_trace
+
+    if settings.trace is None:
+        sys.exit("replay needs --trace FILE, a recorded routing")
+    model = settings.build / f"qwen3-30b-a3b-{settings.layers}"
+    if not model.is_dir():
+        make_random_checkpoint("qwen3-30b-a3b", model, num_layers=settings.layers)
+    trace = read_trace(settings.trace).decode_part()
+    steps = [step[: settings.layers] for step in trace.steps if len(step) >= settings.layers]
+    steps = steps[: settings.num_decode_tokens]
+    demands = [[visit.experts for visit in step] for step in steps]
+    top_k = min(len(experts) for step in demands for experts in step)
+    # From the second time on nothing is asked for that was not there before.
+    twice = dataclasses.replace(trace, num_layers=settings.layers, steps=steps + steps)
+    windows = read_windows(settings, model, num_decode_tokens=len(steps))
+    with open_bench(settings, model, windows, Forcing(demands, top_k)) as bench:
+        for share in shares_of(model, settings.shares):
+            if share >= 100:
+                continue
+            place = {"share": share, "trace": str(settings.trace), "top_k": top_k}
+            arms = [on_device(bench, "none", share, predictor="none")]
+            rivals = [on_host(bench, "host-lru", share, **LRU)]
+            found = run_trials(settings, [*bench.resident, *arms, *rivals], bench.texts)
+            yield from tell_all(found, place)
+            yield from tell_goals(found, share, ["none"])
+            traces = [twice] * len(windows)
+            yield from tell_belady(found, share, model, arms, traces, count_from=len(steps))

@@ -1,0 +1,261 @@
+"""Times of the widened demo: its limits, its rivals, executed guesses, drafts, a slot plan."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from foreload.model.hf import load_model
+from foreload.recording import record_trace
+from foreload.trace.replay import replay as replay_trace
+from gpu.arms import (
+    RESIDENT,
+    Forcing,
+    ResidentModel,
+    accelerate_arm,
+    device_arm,
+    host_arm,
+    record_routing,
+)
+from gpu.common import attempt, open_engine, shares_of, show, widened_demo
+from gpu.trials import Comparison, Contender, Texts, read_windows, run_trials, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from foreload.bench.workload import Workload
+    from foreload.trace.record import RoutingTrace
+    from gpu.common import Row, Settings
+
+WITHIN_GRAPH, WITHIN_LIMIT, LAUNCH_MS = 1.10, 1.15, 0.2
+PAPER_CUT, PAPER_RATIO = 0.14, 2.34
+LRU = {"eviction": "lru", "predictor": "none"}
+# Only a guess one layer ahead can be executed.
+GUESSES = {"predictor": "lookahead", "lookahead_layers": 1}
+
+
+class Bench(NamedTuple):
+    """A model, what is decoded with it, and the arms with all experts on the device, kept open."""
+
+    model: Path
+    texts: Texts
+    resident: list[Contender]
+    forcing: Forcing | None
+
+
+@contextmanager
+def open_bench(
+    settings: Settings, model: Path, windows: list[Workload], forcing: Forcing | None = None
+) -> Iterator[Bench]:
+    """Opens what every comparison needs: one graph of transformers' own model, and all of ours."""
+    with ExitStack() as stack:
+        whole = ResidentModel(model, forcing)
+        stack.callback(whole.close)
+        texts = Texts(windows, [whole.eager_logits(window) for window in windows])
+        runs = {name: functools.partial(whole.run, name) for name in RESIDENT}
+        ours = device_arm(model, 100, forcing=forcing, predictor="none")
+        runs["all-resident"] = stack.enter_context(ours)
+        resident = [
+            Contender(name, functools.partial(nullcontext, run), is_resident=True)
+            for name, run in runs.items()
+        ]
+        yield Bench(model, texts, resident, forcing)
+
+
+def on_device(bench: Bench, name: str, share: float, **given: Any) -> Contender:
+    """Gives an arm whose device decides."""
+    opened = functools.partial(device_arm, bench.model, share, forcing=bench.forcing, **given)
+    return Contender(name, opened, is_lossy=given.get("policy", "exact") != "exact")
+
+
+def on_host(bench: Bench, name: str, share: float, **given: Any) -> Contender:
+    """Gives an arm whose host decides, all experts being in its memory."""
+    opened = functools.partial(host_arm, bench.model, share, forcing=bench.forcing, **given)
+    return Contender(name, opened, is_lossy=given.get("policy", "exact") != "exact")
+
+
+def suites(settings: Settings) -> Iterator[Row]:
+    """Times each share beside the resident model under one graph, the wire limit and Belady's."""
+    model = widened_demo(settings)
+    windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
+    traces = record_routing(model, windows)
+    with open_bench(settings, model, windows) as bench:
+        for share in _partial_shares(settings, model):
+            arms = [on_device(bench, name, share, predictor=name) for name in ("none", "lookahead")]
+            found = run_trials(settings, [*bench.resident, *arms], bench.texts)
+            yield from tell_all(found, {"share": share})
+            yield from tell_goals(found, share, [each.name for each in arms])
+            yield from tell_belady(found, share, model, arms, traces)
+
+
+def baselines(settings: Settings) -> Iterator[Row]:
+    """Times a plain LRU that the host orchestrates, and accelerate, beside the device's own way."""
+    model = widened_demo(settings)
+    windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
+    with open_bench(settings, model, windows) as bench:
+        for share in _partial_shares(settings, model):
+            arms = [
+                on_device(bench, "device", share, predictor="lookahead"),
+                on_host(bench, "host-lru", share, **LRU),
+            ]
+            found = run_trials(settings, [*bench.resident, *arms], bench.texts)
+            yield from tell_all(found, {"share": share})
+            yield tell_ratio(found, {"share": share}, "host-lru", "device")
+        # It keeps no expert, whatever the share, and a token takes it many times as long.
+        brought = functools.partial(accelerate_arm, model)
+        slow = Contender("accelerate", brought, num_tokens=settings.num_slow_tokens)
+        yield from tell_all(run_trials(settings, [*bench.resident, slow], bench.texts), {})
+
+
+def speculation(settings: Settings) -> Iterator[Row]:
+    """Times executed guesses: without a cache as the paper does, and with one on the device."""
+    model = widened_demo(settings)
+    windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
+    with open_bench(settings, model, windows) as bench:
+        shares = shares_of(model, settings.speculation_shares)
+        no_cache = {"eviction": "none", "is_layerwise": True}
+        arms = [
+            on_host(bench, "layerwise-on-demand", shares[0], predictor="none", **no_cache),
+            on_host(
+                bench, "layerwise-speculate", shares[0], policy="speculate", **GUESSES, **no_cache
+            ),
+        ]
+        found = run_trials(settings, [*bench.resident, *arms], bench.texts)
+        yield from tell_all(found, {"share": shares[0]})
+        yield tell_cut(found, shares[0], "layerwise-speculate", "layerwise-on-demand")
+        for share in shares:
+            arms = [
+                on_device(bench, "none", share, predictor="none"),
+                on_device(bench, "lookahead", share, **GUESSES),
+                on_device(bench, "speculate", share, policy="speculate", **GUESSES),
+                on_device(bench, "speculate-when", share, policy="speculate-when", **GUESSES),
+            ]
+            found = run_trials(settings, [*bench.resident, *arms], bench.texts)
+            yield from tell_all(found, {"share": share})
+            for name in ("lookahead", "speculate", "speculate-when"):
+                yield tell_cut(found, share, name, "none")
+
+
+def drafts(settings: Settings) -> Iterator[Row]:
+    """Times rounds with a draft beside caches of the same memory, the draft being a part of it."""
+    model = widened_demo(settings)
+    windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
+    with open_bench(settings, model, windows) as bench:
+        for share in settings.draft_shares:
+            numbers = {"draft-4": 4, "draft-8": 8, "governor": "auto"}
+            arms = [
+                on_host(bench, "host-lru", share, **LRU),
+                on_device(bench, "lru", share, predictor="none"),
+                on_device(bench, "no-draft", share, predictor="lookahead"),
+                *(
+                    on_device(
+                        bench,
+                        name,
+                        share,
+                        predictor="lookahead",
+                        draft="int4",
+                        num_draft_tokens=number,
+                    )
+                    for name, number in numbers.items()
+                ),
+            ]
+            found = run_trials(settings, [*bench.resident, *arms], bench.texts)
+            yield from tell_all(found, {"share": share})
+            for name in numbers:
+                for other in ("host-lru", "lru"):
+                    place = {"share": share, "paper": PAPER_RATIO}
+                    yield tell_ratio(found, place, other, name)
+
+
+def slot_plan(settings: Settings) -> Iterator[Row]:
+    """Times slots divided by a trace of another text beside the same number in every layer."""
+    from foreload.model.source import resolve_model
+
+    model = widened_demo(settings)
+    windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
+    share = shares_of(model, (settings.plan_share,))[0]
+    trace = settings.output / "slot_plan.trace.jsonl.gz"
+    text = (resolve_model("demo") / "calibration.txt").read_text()
+
+    def record() -> Row:
+        with open_engine(model, share, predictor="none") as engine:
+            report = record_trace(
+                engine,
+                text,
+                trace,
+                num_prompt_tokens=settings.num_prompt_tokens,
+                max_tokens=settings.num_recorded_tokens,
+            )
+            return report.to_dict()
+
+    yield show(attempt({"what": "recording"}, record))
+    with open_bench(settings, model, windows) as bench:
+        plans = {"equal": "equal", "planned": str(trace)}
+        arms = [
+            on_device(bench, name, share, predictor="none", slot_plan=plan)
+            for name, plan in plans.items()
+        ]
+        found = run_trials(settings, [*bench.resident, *arms], bench.texts)
+        yield from tell_all(found, {"share": share})
+        yield tell_ratio(found, {"share": share}, "equal", "planned")
+
+
+def tell_all(found: Comparison, place: Row) -> Iterator[Row]:
+    """Tells every arm of a comparison."""
+    for row in found.rows(place):
+        yield show(row)
+
+
+def tell_goals(found: Comparison, share: float, names: Sequence[str]) -> Iterator[Row]:
+    """Tells what was to be reached beside the resident graph, the limit, and in host's time."""
+    # Beside the quicker of both.
+    graphs = [over for over in (found.over("all-resident", name) for name in RESIDENT) if over]
+    beside = [max(each) for each in zip(*graphs, strict=False)]
+    goals: dict[str, tuple[list[float], float]] = {"all-resident / graph": (beside, WITHIN_GRAPH)}
+    for name in names:
+        goals[f"{name} / limit"] = found.over_limit(name), WITHIN_LIMIT
+        goals[f"{name}, ms to launch"] = found.launches_ms(name), LAUNCH_MS
+    for what, (values, goal) in goals.items():
+        got = spread(values)
+        reached = None if got is None else got["median"] <= goal
+        yield show({"share": share, "what": what, "goal": goal, "got": got, "reached": reached})
+
+
+def tell_belady(
+    found: Comparison,
+    share: float,
+    model: Path,
+    arms: Sequence[Contender],
+    traces: Sequence[RoutingTrace],
+    *,
+    count_from: int = 1,
+) -> Iterator[Row]:
+    """Tells how far arms are from Belady's limit, for as many slots shared by all layers."""
+    expert_bytes = load_model(model).plans[0][0].read_bytes
+    for arm in arms:
+        moved = {}
+        for number, trial in found.trials[arm.name].items():
+            trace, slots = traces[number], trial.counted["num_slots"]
+            best = replay_trace(trace, slots, "belady", count_from=count_from)
+            moved[number] = best.num_misses * expert_bytes / (len(trace.steps) - count_from)
+        over = spread(found.over_limit(arm.name, moved))
+        yield show({"share": share, "what": f"{arm.name} / Belady limit", "got": over})
+
+
+def tell_ratio(found: Comparison, place: Row, slower: str, faster: str) -> Row:
+    """Tells how many times as long one arm takes as another, trial by trial."""
+    got = spread(found.over(slower, faster))
+    return show({**place, "what": f"{slower} / {faster}", "got": got})
+
+
+def tell_cut(found: Comparison, share: float, name: str, other: str) -> Row:
+    """Tells what part of another arm's time one saves, trial by trial."""
+    got = spread([1 - ratio for ratio in found.over(name, other)])
+    return show({"share": share, "what": f"cut of {name}", "paper": PAPER_CUT, "got": got})
+
+
+def _partial_shares(settings: Settings, model: Path) -> list[float]:
+    """Gives the shares that leave something to fetch."""
+    return [share for share in shares_of(model, settings.shares) if share < 100]
