@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import time
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -319,8 +318,6 @@ def accelerate_arm(path: Path) -> Iterator[RunText]:
 
     A layer's experts come all together, whichever are wanted, and leave when it is done.
     """
-    if find_spec("accelerate") is None:
-        raise ModuleNotFoundError("accelerate is not installed here")
     from accelerate import dispatch_model
     from transformers import AutoModelForCausalLM
 

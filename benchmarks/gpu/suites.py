@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import ExitStack, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foreload.model.hf import load_model
@@ -103,6 +104,9 @@ def baselines(settings: Settings) -> Iterator[Row]:
             found = run_trials(settings, [*bench.resident, *arms], bench.texts)
             yield from tell_all(found, {"share": share})
             yield tell_ratio(found, {"share": share}, "host-lru", "device")
+        if find_spec("accelerate") is None:
+            yield show({"arm": "accelerate", "left_out": "it is not installed here"})
+            return
         # It keeps no expert, whatever the share, and a token takes it many times as long.
         brought = functools.partial(accelerate_arm, model)
         slow = Contender("accelerate", brought, num_tokens=settings.num_slow_tokens)
