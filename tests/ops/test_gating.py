@@ -32,7 +32,9 @@ def test_limits_and_steepness_are_found_among_the_modules_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [torch.sin, lambda x: F.silu(x).clamp(max=7.0), F.mish, F.elu], ids=str
+    "function",
+    [torch.sin, lambda x: F.silu(x).clamp(max=7.0), F.mish, F.elu],
+    ids=["sin", "clamped silu", "mish", "elu"],
 )
 def test_what_is_not_known_is_not_guessed(function: object) -> None:
     assert find_gating(PlainExperts(act_fn=function)) is None
