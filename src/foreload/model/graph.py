@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from foreload.errors import ForeloadError
 from foreload.memory.cuda import on_device
@@ -32,6 +33,26 @@ __all__ = ["GraphPool", "StepGraph", "StepGraphs"]
 logger = logging.getLogger(__name__)
 
 _LEAST_POSITIONS = 256
+
+_make_tensor = torch.tensor
+
+
+class FilledNumbers(TorchFunctionMode):
+    """Makes tensors of single numbers on the device, by filling them.
+
+    torch.tensor would copy the number from the host's memory, which a capture refuses. transformers
+    5.17 does that for the masks of eager attention.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch's, `torch.full` in place of `torch.tensor` of a number."""
+        kwargs = kwargs or {}
+        is_number = function is _make_tensor and isinstance(args[0], bool | int | float)
+        if is_number and torch.device(kwargs.get("device") or "cpu").type != "cpu":
+            return torch.full((), *args, **kwargs)
+        return function(*args, **kwargs)
 
 
 class GraphPool:
@@ -229,7 +250,8 @@ class StepGraph:
             step.close()
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        logits = self._forward(self._token_ids, self.cache)
+        with FilledNumbers():
+            logits = self._forward(self._token_ids, self.cache)
         return logits, logits.argmax(-1)
 
     def _capture(self) -> None:
