@@ -6,6 +6,7 @@ capture, replays at fixed addresses, and how kernels are launched.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,10 +14,13 @@ import torch
 
 import zoo
 from fakes import make_engine
+from foreload.model.graph import StepGraph
 from pretend_cuda import OnDevice, pretend_cuda
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
 PROMPT = [11, 16, 21, 5, 9]
 DEVICE = {"device": "cuda", "expert_memory": "200%", "dtype": "float32"}
@@ -51,6 +55,24 @@ def test_greedy_tokens_are_those_of_the_host(small: Path, settings: dict[str, An
         if settings["orchestration"] == "device":
             assert machine.num_captures > 0
             assert machine.num_replays >= 2
+
+
+def test_a_step_may_make_tensors_of_numbers() -> None:
+    """transformers 5.17 does for the masks of eager attention; a capture refuses copies of them."""
+
+    def forward(token_ids: Tensor, cache: Any) -> Tensor:
+        return token_ids[0, :, None] * torch.tensor(2.5, device=token_ids.device)
+
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch) as machine:
+        step = StepGraph(
+            forward,
+            SimpleNamespace(layers=[]),
+            torch.device("cuda:0"),
+            num_positions=8,
+            is_captured=True,
+        )
+        assert [float(step(token).cpu()) for token in (2, 4)] == [5, 10]
+        assert (machine.num_captures, step.is_captured) == (1, True)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])

@@ -13,7 +13,7 @@ import torch
 
 from fake_cuda import FakeCuda
 from foreload.errors import ForeloadError
-from foreload.model.graph import StepGraph, StepGraphs
+from foreload.model.graph import FilledNumbers, StepGraph, StepGraphs
 from foreload.model.kv_cache import clear_static, make_static_cache, rewind_static
 from watch import Watch
 
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 PROMPT = [5, 9, 33, 7, 101]
 ROOM = 64
+
+
+@pytest.mark.parametrize("number", [2.5, 3, True])
+def test_a_number_becomes_a_tensor_without_a_copy_from_the_host(number: float) -> None:
+    with Watch() as watch, FilledNumbers():
+        made = torch.tensor(number, device="meta")
+        half = torch.tensor(number, dtype=torch.float16, device="meta")
+        here, row = torch.tensor(number), torch.tensor([number], device="cpu")
+    assert (made.shape, made.dtype, made.device.type) == ((), here.dtype, "meta")
+    assert (half.dtype, here.item(), row.tolist()) == (torch.float16, number, [number])
+    assert watch.called.count("aten::full") == 2, "the host's own are made as ever"
 
 
 def forward(model: PreTrainedModel, token_ids: Tensor, cache: Any) -> Tensor:

@@ -82,12 +82,12 @@ def test_int4_is_what_quantise_gives_two_columns_to_a_byte() -> None:
     weights = random_weights(PlainExperts(has_gate=False), 64, 32, seed=1)
     block = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     pack_expert(layout, weights, block)
-    wanted = quantise(weights["up_proj"], bits=4, group=64, search=False)
+    wanted = quantise(weights["up_proj"], bits=4, group=32, search=False)
     codes = stored_parts(layout, block)["up_proj"].int()
     assert codes.shape == (32, 32)
     assert torch.equal((codes & 15) - 8, wanted.codes[:, ::2].int())
     assert torch.equal((codes >> 4) - 8, wanted.codes[:, 1::2].int())
-    assert torch.equal(unpack_expert(layout, block)["up_proj"], dequantise(wanted, 64))
+    assert torch.equal(unpack_expert(layout, block)["up_proj"], dequantise(wanted, 32))
 
 
 def test_gate_and_up_have_fp8_scales_of_their_own() -> None:
@@ -138,6 +138,15 @@ def test_what_cannot_be_laid_out_is_refused_with_the_reason() -> None:
     refuse(ShapeError, "no matrix", shapes={**shapes, "down_proj": (64,)})
     biased = {**shapes, "gate_up_proj_bias": (96,), "down_proj_bias": (48,)}
     refuse(ShapeError, "down_proj_bias", shapes=biased, experts=replace(experts, has_bias=True))
+
+
+@pytest.mark.parametrize("columns", [32, 64, 128, 256])
+def test_a_row_of_int4_has_two_scales_at_least(columns: int) -> None:
+    # The kernel for one token, compiled, gives wrong products where it has one.
+    layout = lay_out(PlainExperts(), StoredFormat.INT4, (columns, columns))
+    for matrix in (layout.first, layout.down):
+        assert matrix.scale_shape[1] >= 2
+    assert lay_out(PlainExperts(), StoredFormat.INT8, (64, 64)).first.scale_shape[1] == 1
 
 
 def test_a_group_may_be_chosen() -> None:

@@ -180,8 +180,8 @@ def expert_layout(
         shapes: Shape of each parameter without the experts dimension, as the module wants it.
         stored: How matrices are stored.
         dtype: Element type that experts compute in; of plain matrices it must be the stored one.
-        group: Columns that share a scale, for INT8 and INT4; by default the largest of 128, 64 and
-            32 that divides the columns.
+        group: Columns that share a scale, for INT8 and INT4, half as many where that is a whole row
+            of INT4; by default the largest of 128, 64 and 32 that divides the columns.
 
     Raises:
         UnsupportedModelError: The expert cannot be laid out so.
@@ -335,6 +335,9 @@ def _matrix_layout(
     if stored is StoredFormat.FP8:
         return replace(matrix, num_parts=num_parts, scale_rows=_FP8_BLOCK, scale_columns=_FP8_BLOCK)
     size = _MXFP4_GROUP if stored is StoredFormat.MXFP4 else group or choose_group(columns)
+    if stored is StoredFormat.INT4 and size == columns:
+        # Compiled for an H200 by Triton 3.6, products of one token and such rows are wrong.
+        size //= 2
     if columns % size or size < 2 or size & (size - 1):
         raise UnsupportedModelError(
             f"{name} has {columns} columns, which cannot be stored as {stored.value} in groups of "
