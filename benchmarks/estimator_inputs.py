@@ -21,7 +21,8 @@ import torch
 from foreload import Engine
 from foreload.predict.calibration import calibration_path, read_default_vectors
 from foreload.predict.estimator import LayerNetwork
-from foreload.predict.fitting import FeatureBuffer, Fitter, count_right
+from foreload.predict.estimator_recall import count_right
+from foreload.predict.fitting import FeatureBuffer, Fitter
 from foreload.predict.lookahead import DefaultVectors
 
 if TYPE_CHECKING:

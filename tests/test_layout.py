@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {
     "cli/terminal.py": "tests/cli/test_command.py",
     "cli/verb.py": "tests/cli/test_command.py",
     "evaluate.py": "tests/cli/test_evaluate.py",
+    "feature_collection.py": "tests/cli/test_train_estimator.py",
     "ops/triton_grouped_kernels.py": "tests/ops/test_triton_grouped.py",
     "ops/triton_kernels.py": "tests/ops/test_triton.py",
     "ops/triton_slots.py": "tests/ops/test_triton.py",

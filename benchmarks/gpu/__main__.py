@@ -5,8 +5,8 @@
 
 Each stage is to end well within ten minutes and writes a JSON file under `--output`, after every
 row and whatever broke. Run through `scripts/gpu`, which has the stages that are tests and kernels
-alone as well. Nothing here runs on a machine without such a device, and nothing was measured by
-being written; `tests/bench/test_gpu_stages.py` runs every stage on a device that is not there.
+alone as well. Nothing here runs on a machine without such a device;
+`tests/bench/test_gpu_stages.py` runs every stage on one that is not there.
 """
 
 from __future__ import annotations

@@ -217,8 +217,7 @@ def _measure(
 
 def _windows(engine: Engine, token_ids: Sequence[int]) -> Iterator[list[int]]:
     """Cut the text into contexts, each with a KV cache of its own."""
-    context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
-    size = min(_WINDOW_TOKENS, context or _WINDOW_TOKENS)
+    size = min(_WINDOW_TOKENS, engine.max_positions or _WINDOW_TOKENS)
     for start in range(0, len(token_ids), size):
         yield list(token_ids[start : start + size])
 

@@ -34,8 +34,8 @@ from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.host_path import HostPath
 from foreload.model.kv_cache import make_kv_cache, rewind
 from foreload.model.selfcheck import find_sum_rules
-from foreload.model.sites import router_logits
 from foreload.model.source import resolve_model
+from foreload.model.watching import watch_logits, watch_residuals
 from foreload.predictors import (
     corrected_routers,
     early_routers,
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from foreload.model.hf import LoadedModel
     from foreload.model.runtime import ExpertRuntime
     from foreload.model.self_draft import SelfDraft
-    from foreload.model.sites import EarlyRouter, MoeSite
+    from foreload.model.sites import EarlyRouter
     from foreload.predict.estimator import CorrectedRouter, LayerNetwork
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.trace.record import RoutingTrace
@@ -343,6 +343,11 @@ class Engine:
         return self._require_device().runtime
 
     @property
+    def max_positions(self) -> int | None:
+        """Give the longest context that the model was built for, where it says."""
+        return self._loaded.generation.max_positions
+
+    @property
     def expert_bytes(self) -> tuple[int, ...]:
         """Give, per MoE layer, the bytes read from disk for its largest expert."""
         return tuple(max(plan.read_bytes for plan in layer) for layer in self._loaded.plans)
@@ -462,7 +467,7 @@ class Engine:
             return
         find_routers(self._loaded)
         self.runtime.score_rules = [site.scores for site in self._loaded.sites]
-        self._watch_logits(self.runtime.see_logits)
+        self._handles += watch_logits(self._loaded.sites, self.runtime.see_logits)
 
     def _open_host_path(self, predictor: Predictor | None, **parts: Any) -> None:
         """Build what brings experts as the host decides, and let it run the MoE layers."""
@@ -490,7 +495,8 @@ class Engine:
         self.drafter = path.drafter
         attach(loaded.sites, path.runtime.run_layer)
         if predictor is not None:
-            self._watch_residuals(path.runtime.see_residual)
+            find_routers(loaded)
+            self._handles += watch_residuals(loaded.sites, path.runtime.see_residual)
         path.runtime.policy = self._make_policy()
         if isinstance(path.runtime.policy, SpeculateWhen):
             self.watch_routers()
@@ -528,9 +534,10 @@ class Engine:
         self.drafter = path.drafter
         attach(loaded.sites, path.runtime.run_layer)
         if predictor is not None:
-            self._watch_residuals(path.runtime.see_residual)
+            find_routers(loaded)
+            self._handles += watch_residuals(loaded.sites, path.runtime.see_residual)
         if isinstance(policy, SpeculateWhen):
-            self._watch_logits(path.policy.see_logits)
+            self._handles += watch_logits(loaded.sites, path.policy.see_logits)
 
     def _count(self) -> None:
         """Bring the counters up to date where others have counted."""
@@ -566,28 +573,13 @@ class Engine:
                 return SpeculateWhen(self.config.confidence)
         return Exact()
 
-    def _watch_residuals(self, see: Callable[[int, Tensor], None]) -> None:
-        find_routers(self._loaded)
-        for site in self._loaded.sites:
-            module = site.residual_module
-            if module is None:
-                continue
-            hook = functools.partial(_see_residual, see, site.layer)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _watch_logits(self, see: Callable[[int, Tensor], None]) -> None:
-        for site in self._loaded.sites:
-            if site.router is not None:
-                hook = functools.partial(_see_router, see, site)
-                self._handles.append(site.router.register_forward_hook(hook))
-
     @functools.cached_property
     def _last_logits_only(self) -> dict[str, int]:
         names = inspect.signature(type(self.model).forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
     def _context_left(self, num_prompt_tokens: int) -> int | None:
-        limit = self._loaded.generation.max_positions
+        limit = self.max_positions
         if limit is None:
             return None
         if num_prompt_tokens >= limit:
@@ -671,21 +663,3 @@ class Engine:
             return
         if drafter.governor.num_idle_rounds >= _IDLE_ROUNDS:
             self.drop_draft()
-
-
-def _see_residual(
-    see: Callable[[int, Tensor], None], layer: int, module: Any, args: Any, kwargs: Any
-) -> None:
-    """Show the first input of a module as the residual stream (T, H) of a layer."""
-    residual = args[0] if args else kwargs.get("hidden_states")
-    if isinstance(residual, torch.Tensor):
-        see(layer, residual.reshape(-1, residual.shape[-1]))
-
-
-def _see_router(
-    see: Callable[[int, Tensor], None], site: MoeSite, module: Any, args: Any, output: Any
-) -> None:
-    """Show the logits (T, E) in what a router gave."""
-    logits = router_logits(site, output)
-    if logits is not None:
-        see(site.layer, logits)

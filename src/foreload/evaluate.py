@@ -351,8 +351,7 @@ def _encode(
 
 
 def _window_size(engine: Engine) -> int:
-    context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
-    return min(_WINDOW_TOKENS, context or _WINDOW_TOKENS)
+    return min(_WINDOW_TOKENS, engine.max_positions or _WINDOW_TOKENS)
 
 
 def _cut(token_ids: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -93,8 +93,7 @@ class ForeloadLM(TemplateLM):  # type: ignore[misc]
         if self.engine.tokenizer is None:
             raise ConfigError("this checkpoint has no tokenizer, and tasks are text")
         self.tokenizer = self.engine.tokenizer
-        text_config = self.engine.model.config.get_text_config()
-        context = getattr(text_config, "max_position_embeddings", None) or _UNBOUNDED_CONTEXT
+        context = self.engine.max_positions or _UNBOUNDED_CONTEXT
         self.max_length = min(max_length or context, context)
         self.max_gen_toks = max_gen_toks
 

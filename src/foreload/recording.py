@@ -279,8 +279,7 @@ def _turns(
     engine: Engine, token_ids: Sequence[int], num_prompt_tokens: int
 ) -> Iterator[Sequence[int]]:
     """Cut the text into contexts that are longer than a prompt."""
-    context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
-    size = context or len(token_ids)
+    size = engine.max_positions or len(token_ids)
     for start in range(0, len(token_ids), size):
         turn = token_ids[start : start + size]
         if len(turn) > num_prompt_tokens:

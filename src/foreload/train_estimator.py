@@ -11,9 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import statistics
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from foreload.calibrate import calibrate, encode
 from foreload.errors import CheckpointError, ConfigError, UnsupportedModelError
+from foreload.feature_collection import FeatureCollector, restored, window_tokens
 from foreload.predict.calibration import calibration_path, read_default_vectors
 from foreload.predict.estimator import (
     LayerNetwork,
@@ -29,19 +27,16 @@ from foreload.predict.estimator import (
     estimator_path,
     save_whole,
 )
-from foreload.predict.fitting import FeatureBuffer, Fitter, count_right
-from foreload.predict.lookahead import DefaultVectors
-from foreload.predict.ranking import make_prediction
-from foreload.schedule.policy import Speculate
+from foreload.predict.estimator_recall import measure_recall, time_routers
+from foreload.predict.fitting import FeatureBuffer, Fitter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from foreload.engine import Engine
     from foreload.predict.estimator import CorrectedRouter
-    from foreload.types import Prediction, RoutingEvent
 
     Progress = Callable[[str, int, int], None]
 
@@ -50,7 +45,6 @@ __all__ = ["EstimatorReport", "train_estimator"]
 HYBRID = "hybrid"
 """The name, in reports, of whoever is best layer by layer."""
 
-_WINDOW_TOKENS = 512
 _MIN_TOKENS = 64
 _HELD_OUT_SHARE = 0.1
 _MAX_HELD_OUT_TOKENS = 16384
@@ -58,7 +52,6 @@ _CALIBRATION_TOKENS = 16384
 _PATIENCE = 3
 _MAX_WIDTH = 128
 _PARAMETER_SHARE = 0.01
-_NUM_TIMED_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +275,7 @@ class _Training:
             for layer, router in enumerate(engine.corrected_routers(self._networks))
             if router is not None
         }
-        self._collector = _Collector(engine, vectors, self._routers, self._experts)
+        self._collector = FeatureCollector(engine, vectors, self._routers, self._experts)
         self._rounds, num_batches = self._plan()
         self._fitter = Fitter(self._routers, num_batches=num_batches, seed=settings["seed"])
         self._num_batches = num_batches
@@ -294,7 +287,7 @@ class _Training:
         """Train, choose, measure, save; by default measure on a part of the text."""
         self._test_ids = held_out or self._test_ids
         position = self._read_state()
-        with _restored(self._engine):
+        with restored(self._engine):
             choosing = self._collect(self._choose_ids, "Held-out text", has_plain=True)
             for number, part in enumerate(self._rounds):
                 first = position[1] if number == position[0] else 0
@@ -313,7 +306,7 @@ class _Training:
         """Cut the text into rounds that fit the buffer, the last one on-policy."""
         spec, dtype = self._engine.spec, self._engine.model.dtype
         size = FeatureBuffer.bytes_per_token(self._experts, spec.hidden_size, spec.top_k, dtype)
-        window = _window_tokens(self._engine)
+        window = window_tokens(self._engine)
         room = max(window, self._settings["buffer_bytes"] // size // window * window)
         passes = self._settings["num_passes"]
         rounds: list[_Round] = []
@@ -389,7 +382,7 @@ class _Training:
     def _choose(self, choosing: FeatureBuffer) -> tuple[str, ...]:
         """Choose by layer whoever names most of the true experts."""
         depth = (self._engine.spec.top_k,)
-        recall = self._recall(choosing, depth)
+        recall = measure_recall(self._routers, choosing, depth)
         # Of equals the cheapest.
         order = ("lookahead", "default-vectors", "estimator")
         return (
@@ -397,48 +390,19 @@ class _Training:
             *(max(order, key=lambda n: recall[n][at][depth[0]]) for at in self._experts),
         )
 
-    def _recall(
-        self, features: FeatureBuffer, depths: Sequence[int]
-    ) -> dict[str, dict[int, dict[int, float]]]:
-        """Measure the recall of each predictor, by layer and n."""
-        recall: dict[str, dict[int, dict[int, float]]] = {}
-        for layer, router in self._routers.items():
-            right: dict[str, list[int]] = {}
-            for start in range(0, features.size, _WINDOW_TOKENS):
-                rows = slice(start, min(start + _WINDOW_TOKENS, features.size))
-                hidden, true = features.hidden[layer][rows], features.index[layer][rows]
-                with torch.no_grad():
-                    answers = {
-                        "default-vectors": router.router.route(hidden),
-                        "estimator": router.ask(hidden, features.previous[layer][rows]),
-                    }
-                    if features.plain:
-                        answers["lookahead"] = router.router.route(features.plain[layer][rows])
-                for name, answer in answers.items():
-                    if answer is None:
-                        continue
-                    old = right.get(name, [0] * len(depths))
-                    new = count_right(answer, true, depths)
-                    right[name] = [a + b for a, b in zip(old, new, strict=True)]
-            demanded = features.size * features.index[layer].shape[1]
-            for name, counts in right.items():
-                shares = (count / demanded for count in counts)
-                recall.setdefault(name, {})[layer] = dict(zip(depths, shares, strict=True))
-        return recall
-
     def _report(self, choices: tuple[str, ...]) -> EstimatorReport:
         spec = self._engine.spec
         depths = sorted(
             {min(n, spec.num_experts) for n in (spec.top_k, spec.top_k + 2, 2 * spec.top_k)}
         )
         test = self._collect(self._test_ids, "Recall", has_plain=True)
-        recall = self._recall(test, depths)
+        recall = measure_recall(self._routers, test, depths)
         recall[HYBRID] = {layer: recall[choices[layer]][layer] for layer in self._experts}
         under: dict[int, float] = {}
         if self._rounds[-1].is_on_policy:
             both = self._collect(self._test_ids, "Recall on-policy", is_on_policy=True)
             speculated = both.rows(both.size // 2, both.size)
-            found = self._recall(speculated, depths[:1])["estimator"]
+            found = measure_recall(self._routers, speculated, depths[:1])["estimator"]
             under = {layer: shares[depths[0]] for layer, shares in found.items()}
         trained = TrainedEstimator(self._networks, choices, self._vectors)
         width = self._settings["width"]
@@ -460,27 +424,8 @@ class _Training:
                 2 * width * (2 * spec.hidden_size + count) + 2 * count * spec.hidden_size
                 for count in self._experts.values()
             ),
-            seconds_per_token=self._time(test),
+            seconds_per_token=time_routers(self._routers, test),
         )
-
-    def _time(self, features: FeatureBuffer) -> tuple[float, float]:
-        """Time asking every layer's router for single tokens, with the networks and without."""
-        num_tokens = min(_NUM_TIMED_TOKENS, features.size)
-        spent: tuple[list[float], list[float]] = ([], [])
-        with torch.inference_mode():
-            for row in range(num_tokens):
-                rows = slice(row, row + 1)
-                for times, has_network in zip(spent, (True, False), strict=True):
-                    start = time.perf_counter()
-                    for layer, router in self._routers.items():
-                        hidden = features.hidden[layer][rows]
-                        if has_network:
-                            router.ask(hidden, features.previous[layer][rows])
-                        else:
-                            router.router.route(hidden)
-                    times.append(time.perf_counter() - start)
-        with_networks, without = (statistics.median(times) for times in spent)
-        return with_networks, without
 
     def _write_state(self, number: int, num_passes_done: int) -> None:
         """Save what is needed to go on after this pass."""
@@ -538,151 +483,3 @@ class _Training:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _window_tokens(engine: Engine) -> int:
-    """Give the tokens of a context that runs in one forward."""
-    context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
-    return min(_WINDOW_TOKENS, context or _WINDOW_TOKENS, engine.config.prefill_chunk)
-
-
-@contextmanager
-def _restored(engine: Engine) -> Iterator[None]:
-    """Put the runtime's predictor, policy and observer back after the block."""
-    runtime = engine.runtime
-    before = runtime.predictor, runtime.policy, runtime.on_routing
-    try:
-        yield
-    finally:
-        runtime.predictor, runtime.policy, runtime.on_routing = before
-
-
-class _Collector:
-    """Runs text through the model, and keeps what predictions are made of."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        vectors: Tensor,
-        routers: Mapping[int, CorrectedRouter],
-        experts: Mapping[int, int],
-    ) -> None:
-        self._engine = engine
-        self._own_predictor = engine.runtime.predictor
-        self._own_policy = engine.runtime.policy
-        self._routers = routers
-        self._experts = experts
-        self._base = DefaultVectors(engine.early_routers(), list(vectors))
-        self._early = engine.early_routers()
-        self._buffer: FeatureBuffer | None = None
-
-    def collect(
-        self,
-        token_ids: Sequence[int],
-        report: Callable[[int], None],
-        *,
-        is_on_policy: bool = False,
-        has_plain: bool = False,
-    ) -> FeatureBuffer:
-        """Run a text in windows that know nothing of each other.
-
-        Args:
-            token_ids: The text.
-            report: Told the tokens done.
-            is_on_policy: Run each window a second time with the networks' predictions executed;
-                its features follow those of the first time, in the second half of the buffer.
-            has_plain: Keep the estimate without default vectors too.
-        """
-        spec, runtime = self._engine.spec, self._engine.runtime
-        times = 2 if is_on_policy else 1
-        buffer = FeatureBuffer(
-            self._experts,
-            times * len(token_ids),
-            spec.hidden_size,
-            spec.top_k,
-            self._engine.model.dtype,
-            has_plain=has_plain,
-        )
-        window = _window_tokens(self._engine)
-        runtime.on_routing = lambda event, wanted: self._see(buffer, event)
-        for start in range(0, len(token_ids), window):
-            ids = torch.tensor([list(token_ids[start : start + window])])
-            runtime.predictor, runtime.policy = self._own_predictor, self._own_policy
-            self._row = start
-            self._run(ids)
-            if is_on_policy:
-                # The token before has been computed when its successor is decoded: its input is
-                # taken from the first time, because the second knows no token before its successor.
-                previous = {
-                    layer: kept[start : start + ids.shape[1]].clone()
-                    for layer, kept in buffer.previous.items()
-                }
-                runtime.predictor = _WindowPredictor(self._routers, self._base, previous)
-                runtime.policy = Speculate(in_prefill=True)
-                self._row = len(token_ids) + start
-                self._run(ids)
-            report(min(start + window, len(token_ids)))
-        buffer.size = times * len(token_ids)
-        return buffer
-
-    def _run(self, ids: Tensor) -> None:
-        self._pending: tuple[Tensor, Tensor] | None = None
-        self._engine.forward(ids, self._engine.make_cache())
-
-    def _see(self, buffer: FeatureBuffer, event: RoutingEvent) -> None:
-        """Keep the truth about this layer, and estimate the next one's input."""
-        spec = self._engine.spec
-        if event.residual is None or event.residual.shape[-1] != spec.hidden_size:
-            raise UnsupportedModelError(
-                f"no estimator for {spec.architecture}: the stream before MoE layer {event.layer} "
-                f"is not {spec.hidden_size} wide",
-                hint='use predictor="auto", which takes what this model allows',
-            )
-        layer, router = event.layer, self._early[event.layer]
-        if layer in self._experts and self._pending is not None:
-            rows = slice(self._row, self._row + event.residual.shape[0])
-            true = router.quasi_hidden(event.residual)
-            answer = router.route(true)
-            if answer is None or answer.logits is None:
-                raise UnsupportedModelError(f"the router of MoE layer {layer} gives no logits")
-            scores = self._routers[layer].rule.log_scores(answer.logits)
-            buffer.hidden[layer][rows], plain = self._pending
-            if buffer.plain:
-                buffer.plain[layer][rows] = plain
-            buffer.previous[layer][rows][1:] = true[:-1]
-            buffer.target[layer][rows] = torch.softmax(scores, -1)
-            buffer.index[layer][rows] = event.top_k_index
-        self._pending = None
-        if layer + 1 in self._experts:
-            coming = self._early[layer + 1]
-            self._pending = (
-                coming.quasi_hidden(self._base.estimate(event)),
-                coming.quasi_hidden(event.residual),
-            )
-
-
-class _WindowPredictor:
-    """Guesses about all tokens of a window as if each were decoded."""
-
-    name = "window"
-
-    def __init__(
-        self,
-        routers: Mapping[int, CorrectedRouter],
-        base: DefaultVectors,
-        previous: Mapping[int, Tensor],
-    ) -> None:
-        self._routers = routers
-        self._base = base
-        self._previous = previous
-
-    def predict(self, event: RoutingEvent) -> list[Prediction]:
-        """Guess the next layer's routing, token by token."""
-        layer = event.layer + 1
-        if layer not in self._routers or event.residual is None:
-            return []
-        router = self._routers[layer]
-        with torch.no_grad():
-            hidden = router.router.quasi_hidden(self._base.estimate(event))
-            output = router.ask(hidden, self._previous[layer])
-        return [make_prediction(output, layer, 1, 0)]

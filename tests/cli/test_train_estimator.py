@@ -166,7 +166,7 @@ class TestInterruption:
 def test_a_buffer_smaller_than_the_text_is_refilled(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foreload.train_estimator._WINDOW_TOKENS", 64)
+    monkeypatch.setattr("foreload.feature_collection._WINDOW_TOKENS", 64)
     stages: list[tuple[str, int]] = []
     notes: list[str] = []
     train_estimator(

@@ -6,8 +6,7 @@ import torch
 from test_estimator import Router, corrected, random
 
 from foreload.predict.estimator import LayerNetwork
-from foreload.predict.fitting import FeatureBuffer, Fitter, count_right
-from foreload.types import RouterOutput
+from foreload.predict.fitting import FeatureBuffer, Fitter
 
 EXPERTS, HIDDEN, TOP_K, TOKENS = 6, 8, 2, 1024
 
@@ -90,10 +89,3 @@ def test_the_memory_of_a_token_is_what_the_buffer_takes() -> None:
     num_bytes = sum(t.numel() * t.itemsize for t in (*tensors, *made.index.values()))
     per_token = FeatureBuffer.bytes_per_token({1: EXPERTS, 2: 4}, HIDDEN, TOP_K, torch.bfloat16)
     assert num_bytes == 10 * per_token
-
-
-def test_the_routers_own_choice_ranks_first() -> None:
-    logits = torch.tensor([[0.9, 0.1, 0.8, 0.7]])  # routers with biases or groups choose otherwise
-    answer = RouterOutput(torch.tensor([[1, 3]]), None, logits)
-    assert count_right(answer, torch.tensor([[1, 0]]), (1, 2, 3)) == [0, 1, 2]
-    assert count_right(answer, torch.tensor([[1, 2]]), (2, 3, 4)) == [1, 1, 2]

@@ -73,6 +73,10 @@ class Play:
         self._noise = noise
         self._random = random.Random(seed)
 
+    def disturbance(self, drafted: int) -> float:
+        """Give how much longer a round takes than its number alone tells."""
+        return 1.0
+
     def run(self, num_rounds: int) -> tuple[list[int], float]:
         """Run rounds; give what was drafted, and the tokens per second."""
         choices, num_tokens, taken_s = [], 0, 0.0
@@ -82,12 +86,23 @@ class Play:
             while accepted < drafted and self._random.random() < self.machine.acceptance:
                 accepted += 1
             factor = self._random.uniform(1 - self._noise, 1 + self._noise)
+            factor *= self.disturbance(drafted)
             report = self.machine.report(drafted, accepted, factor)
             self.governor.learn(report)
             choices.append(drafted)
             num_tokens += 1 + accepted
             taken_s += report.draft_s + report.verify_s
         return choices, num_tokens / taken_s
+
+
+class Unsettled(Play):
+    """Rounds without a draft take longer, as long as what the last draft wanted is in the cache."""
+
+    num_plain = 0
+
+    def disturbance(self, drafted: int) -> float:
+        self.num_plain = 0 if drafted else self.num_plain + 1
+        return 1.35 if 0 < self.num_plain <= 2 else 1.0
 
 
 MACHINES = {
@@ -167,8 +182,23 @@ class TestChoosing:
         assert 0.8 < machine.rate(0) / machine.rate(machine.best()) < 0.95
         close, _ = Play(machine, noise=0.0).run(200)
         far, _ = Play(MACHINES["the link is slow"], noise=0.0).run(200)
-        assert far[20:].count(0) <= 4
-        assert close[20:].count(0) >= 24
+        assert far[20:].count(0) <= 12
+        assert close[20:].count(0) >= 48
+        runs = [len(list(run)) for plain, run in itertools.groupby(close[20:], bool) if not plain]
+        assert set(runs[:-1]) == {4}, "one alone says little"
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_rounds_that_the_draft_has_disturbed_do_not_speak_for_plain_decoding(
+        self, seed: int
+    ) -> None:
+        machine = Machine(link_bytes_s=1.2e9, growth=0.9, acceptance=0.75, plain_overlap=0.9)
+        assert machine.best() == 0
+        others = max(machine.rate(drafted) for drafted in range(1, MOST + 1))
+        assert 1.05 < machine.rate(0) / others < 1.35
+        play = Unsettled(machine, noise=0.05, seed=seed)
+        play.run(150)
+        choices, _ = play.run(100)
+        assert choices.count(0) > 85
 
     def test_it_gives_up_when_drafting_pays_no_more(self) -> None:
         play = Play(MACHINES["the link is slow"])

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
     from foreload.predict.estimator import CorrectedRouter
-    from foreload.types import RouterOutput
 
-__all__ = ["FeatureBuffer", "Fitter", "count_right"]
+__all__ = ["FeatureBuffer", "Fitter"]
 
 _BATCH = 256
 _LEARNING_RATE = 2e-3
@@ -188,21 +187,3 @@ class Fitter:
         guessed = torch.log_softmax(router.rule.log_scores(output.logits), -1)
         true = features.target[layer][rows]
         return (torch.xlogy(true, true) - true * guessed).sum(-1)
-
-
-def count_right(output: RouterOutput, true: Tensor, depths: Sequence[int]) -> list[int]:
-    """Count truly routed experts inside the n first that an early answer names.
-
-    Args:
-        output: The answer for T tokens; the router's own choice ranks first, then the rest.
-        true: (T, K) the true choice.
-        depths: The n.
-    """
-    if output.logits is None:
-        raise ValueError("this router gives no logits")
-    scores = output.logits.float()
-    margin = scores.amax() - scores.amin() + 1
-    chosen = torch.zeros_like(scores).scatter_(1, output.top_k_index, float(margin))
-    ranking = (scores + chosen).argsort(dim=-1, descending=True, stable=True)
-    found = ranking[:, :, None] == true[:, None, :]  # (T, E, K)
-    return [int(found[:, :n].sum()) for n in depths]
