@@ -14,7 +14,7 @@ from foreload.metrics import Metrics
 from foreload.model.device_policy import DevicePolicy
 from foreload.model.device_prefill import DevicePrefill
 from foreload.model.device_runtime import DeviceRuntime
-from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts, TwinKernels
+from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
 from foreload.ops.device_layout import StoredFormat, expert_layout, pack_expert
 from foreload.ops.grouped import TwinGrouped
 from foreload.ops.reference import SumRule, accumulate, expert_forward, group_by_expert
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from foreload.ops.device_experts import LayerMemory
-    from foreload.ops.device_tables import WorkList
     from foreload.schedule.policy import ExecutionPolicy
     from foreload.types import RoutingEvent
 
@@ -186,35 +184,6 @@ def test_the_likeliest_is_brought_where_a_router_does_not_sort() -> None:
         setup = Setup(2, Guesser(lambda event, w=given: RouterOutput(index, w, None)))
         setup.run(0, ids((0, 1)))
         assert {e for e in range(EXPERTS) if setup.is_in_slot(1, e)} == brought
-
-
-def test_guesses_are_copied_behind_the_misses_of_the_layer_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    setup = Setup(TOP_K, Guesser(one_further))
-    fetched: list[tuple[int, list[int]]] = []
-    fetch = TwinKernels.fetch
-
-    def watch(kernels: TwinKernels, memory: LayerMemory, work: WorkList) -> None:
-        layer = (memory.host.data_ptr() - setup.host.data_ptr()) // setup.host[0].numel()
-        fetched.append((layer, [int(e) for e in work.expert[work.is_hit == 0] if e >= 0]))
-        fetch(kernels, memory, work)
-
-    monkeypatch.setattr(TwinKernels, "fetch", watch)
-    setup.run(0, ids((0, 3)))
-    assert fetched == [(0, [0, 3]), (1, [1])]
-
-
-def test_a_layer_that_breaks_leaves_nobody_named_who_was_not_brought() -> None:
-    setup = Setup(TOP_K, Guesser(one_further))
-    hidden, weights = torch.ones(1, HIDDEN), torch.ones(1, TOP_K)
-    broken = SimpleNamespace(**{**vars(MODULE), "_apply_gate": None})
-    setup.runtime.see_residual(0, hidden)
-    with pytest.raises(TypeError):
-        setup.runtime.run_layer(0, broken, hidden, ids((0, 3)), weights)
-    assert setup.is_in_slot(1, 1)
-    setup.run(1, ids((1, 6)))
-    assert setup.experts.read_counters()[1].hits == 1
 
 
 def test_predictors_are_told_of_everything_that_was_seen() -> None:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from foreload.model.device_policy import DevicePolicy
     from foreload.model.device_prefill import DevicePrefill
     from foreload.ops.device_experts import DeviceExperts
-    from foreload.ops.device_tables import WorkList
     from foreload.types import RouterOutput, TensorPredictor
 
     SeeRouting = Callable[[RoutingEvent, list[int]], None]
@@ -55,10 +54,8 @@ class DraftLayers(Protocol):
 class _Prefetch(NamedTuple):
     """A prefetch beside the step, and what it reads: its memory must not be used again before."""
 
-    layer: int
+    mark: Any
     event: RoutingEvent
-    work: WorkList | None
-    mark: Any = None
 
 
 class _Counts(NamedTuple):
@@ -199,19 +196,13 @@ class DeviceRuntime:
             if see is not None:
                 see(RoutingEvent(0, layer, None, *executed), [])
             residual = self._residuals.pop((threading.get_ident(), layer), None)
-            planned = None
             if self._predictor is not None and residual is not None:
                 other = None if executed is routing else executed
                 event = RoutingEvent(0, layer, residual, *routing, other)
-                planned = self._plan_next(self._predictor, event)
+                self._prefetch_next(self._predictor, event)
             if len(top_k_index) > MAX_TOKENS:
                 return self._prefill.run(layer, experts, hidden_states, routing)
-            try:
-                return self._experts.run(layer, experts, hidden_states, executed)
-            finally:
-                # Whatever breaks, the tables name what was planned.
-                if planned is not None:
-                    self._bring(planned)
+            return self._experts.run(layer, experts, hidden_states, executed)
 
     def abandon(self) -> None:
         """Forget prefetches of a forward that was broken off: nobody waits for them any more."""
@@ -260,33 +251,21 @@ class DeviceRuntime:
             metrics.num_executed += new.executed
             metrics.num_speculated += new.speculated
 
-    def _plan_next(self, predictor: TensorPredictor, event: RoutingEvent) -> _Prefetch | None:
-        """Guess, beside this layer's computation, what the next one will want; make room for it."""
+    def _prefetch_next(self, predictor: TensorPredictor, event: RoutingEvent) -> None:
+        """Bring, beside this layer's computation, what the next one will probably want."""
         layer = event.layer + 1
         if layer >= len(self._experts.tables.num_slots) or len(event.top_k_index) != 1:
             predictor.route_next(event)
-            return None
+            return
         self._join(layer)
         with self._side.forked():
             guess = predictor.route_next(event)
-            if guess is None:
-                return _Prefetch(layer, event, None)
-            is_executed = self._policy.see_guess(layer, guess)
-            # What will be executed is no guess.
-            most = None if is_executed else _MOST_GUESSED
-            named = _likeliest_first(guess)
-            return _Prefetch(layer, event, self._experts.plan_prefetch(layer, named, most=most))
-
-    def _bring(self, planned: _Prefetch) -> None:
-        """Copy what was planned, behind this layer's own misses and beside all that follows.
-
-        Begun earlier it would share the link with misses that are waited for, and leave it idle
-        while the next layer gets as far as its experts.
-        """
-        with self._side.forked():
-            if planned.work is not None:
-                self._experts.bring(planned.layer, planned.work)
-        self._open[planned.layer] = planned._replace(mark=self._side.mark())
+            if guess is not None:
+                is_executed = self._policy.see_guess(layer, guess)
+                # What will be executed is no guess.
+                most = None if is_executed else _MOST_GUESSED
+                self._experts.prefetch(layer, _likeliest_first(guess), most=most)
+        self._open[layer] = _Prefetch(self._side.mark(), event)
 
     def _prefetch_noted(self, layer: int, named: Tensor) -> None:
         """Bring, beside the draft, experts that the verification of its tokens will want."""

@@ -263,36 +263,21 @@ class DeviceExperts:
     def prefetch(self, layer: int, predicted_index: Tensor, *, most: int | None = None) -> None:
         """Bring experts that the next visit of a layer is expected to want.
 
-        Arguments as for `plan_prefetch`, and the same must be in order.
-        """
-        self.bring(layer, self.plan_prefetch(layer, predicted_index, most=most))
-
-    def plan_prefetch(
-        self, layer: int, predicted_index: Tensor, *, most: int | None = None
-    ) -> WorkList:
-        """Make room for experts that the next visit of a layer is expected to want.
-
-        What is planned must have been brought before that visit's `run` begins, and the last one's
-        must have ended: on a stream of its own, fork and join.
+        Must be over before that visit's `run` begins, and begin after the last one's has ended:
+        on a stream of its own, fork and join.
 
         Args:
             layer: The MoE layer that is coming.
             predicted_index: (T, N) expert ids, likeliest first in each row; negative ones stand for
                 no expert.
             most: Most experts to bring, in place of the number for all prefetches.
-
-        Returns:
-            What `bring` has to bring.
         """
-        return self._kernels.assign_prefetch(
+        work = self._kernels.assign_prefetch(
             self.tables,
             layer,
             predicted_index,
             max_fetches=self._max_prefetches if most is None else most,
         )
-
-    def bring(self, layer: int, work: WorkList) -> None:
-        """Copy what was planned for a layer to its slots; the tables name it there already."""
         self._kernels.fetch(self._memory[layer], work)
 
     def memory(self, layer: int) -> LayerMemory:
