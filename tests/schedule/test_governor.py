@@ -183,7 +183,7 @@ class TestChoosing:
         close, _ = Play(machine, noise=0.0).run(200)
         far, _ = Play(MACHINES["the link is slow"], noise=0.0).run(200)
         assert far[20:].count(0) <= 12
-        assert close[20:].count(0) >= 48
+        assert close[20:].count(0) >= 32
         runs = [len(list(run)) for plain, run in itertools.groupby(close[20:], bool) if not plain]
         assert set(runs[1:-1]) == {4}, "one alone says little"
 

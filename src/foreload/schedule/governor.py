@@ -44,6 +44,9 @@ _SETTLING = 2
 """Rounds without a draft, behind one with it, that say nothing of plain decoding: the cache holds
 what the draft wanted. They took 20 to 35 % longer than plain decoding does (widened demo, 40 % of
 the experts' memory, November 2026)."""
+_UNSETTLED = 1.06
+"""How much faster plain decoding is on its own than in its runs between rounds with a draft, the
+first rounds left out (the same, 40 and 50 %)."""
 _NEARLY = 0.8
 _PROBE_EVERY = 20
 _IDLE_PROBES = (20, 160)
@@ -176,10 +179,12 @@ class Governor:
             self._num_to_come -= 1
             return 0
         rates = [self.rate(number) for number in range(self.most + 1)]
-        best = max(range(self.most + 1), key=rates.__getitem__)
-        if rates[best] > _MARGIN * rates[self._choice]:
+        best = max(range(1, self.most + 1), key=rates.__getitem__, default=0)
+        plain = rates[0] * (_UNSETTLED if self._num_plain <= 2 * _PLAIN_RUN else 1.0)
+        kept = rates[self._choice] if self._choice else plain
+        if rates[best] > _MARGIN * max(kept, plain):
             self._choice = best
-        elif rates[0] >= rates[self._choice]:
+        elif plain >= kept:
             self._choice = 0
         self._num_idle = 0 if self._choice else self._num_idle + 1
         return min(self._probe(rates), most)
