@@ -344,6 +344,16 @@ class TestMeasures:
         rate = 4 / (2.0 * machine.times(3)[0])
         assert governor.rate(3) == pytest.approx(rate, rel=0.1)
 
+    def test_what_was_measured_of_a_width_is_not_changed_by_what_others_show(self) -> None:
+        governor = Governor(most=8)
+        machine = Machine(copied_bytes=1.0)
+        for _ in range(30):
+            governor.learn(machine.report(0, 0))
+        before = governor.rate(0)
+        for drafted in (1, 4) * 15:
+            governor.learn(machine.report(drafted, drafted, factor=3.0))
+        assert governor.rate(0) == pytest.approx(before, rel=0.05)
+
     def test_rounds_that_copy_nothing_have_no_roof_of_copies(self) -> None:
         governor = Governor(most=2)
         for drafted in (0, 2, 0, 2):

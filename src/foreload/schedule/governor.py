@@ -329,7 +329,7 @@ class _Average:
 
 
 class _Curve:
-    """What is measured at some widths, and a line through it for the others.
+    """What is measured at some widths, and a line through it for those seldom or never seen.
 
     Args:
         exponent: Fit a power of the width instead of a line, and take this one while only one
@@ -363,4 +363,10 @@ class _Curve:
             slope = mean_y / mean_x if self._exponent is None else self._exponent
         # Wider rounds never cost less: what noise says against it is not believed.
         height = mean_y + max(slope, 0.0) * ((math.log(width) if is_power else width) - mean_x)
-        return math.exp(height) if is_power else height
+        line = math.exp(height) if is_power else height
+        own = self._means.get(width)
+        if own is None or own.value <= 0:
+            return line
+        # What others show says little of a width that was seen itself.
+        trust = own.count / (own.count + 1)
+        return trust * own.value + (1 - trust) * line
