@@ -122,10 +122,10 @@ def test_a_forwards_time_is_shared_out_by_layer() -> None:
 
 
 def test_a_long_text_takes_several_turns(
-    open_engine: Callable[..., Engine], tmp_path: Path
+    open_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine: Any = open_engine(predictor="none", prefill_chunk=5)
-    engine.model.config.max_position_embeddings = 16
+    monkeypatch.setattr(type(engine), "max_positions", 16)
     seen: list[tuple[str, int, int]] = []
     report = record_trace(
         engine,
