@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -105,6 +105,102 @@ class Unsettled(Play):
         return 1.35 if 0 < self.num_plain <= 2 else 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What rounds of a width took on the widened demo: seconds, megabytes, experts."""
+
+    draft_s: float
+    verify_s: float
+    stall_s: float
+    copied_mb: float
+    num_lookups: float
+
+    def between(self, other: Round, share: float) -> Round:
+        ours, others = astuple(self), astuple(other)
+        return Round(*(a + share * (b - a) for a, b in zip(ours, others, strict=True)))
+
+
+MEASURED = {
+    "30 %": {
+        0: Round(0, 0.161, 0.082, 402, 32),
+        4: Round(0.108, 0.528, 0.330, 1356, 105),
+        8: Round(0.212, 0.731, 0.453, 1875, 146),
+    },
+    "40 %": {
+        0: Round(0, 0.117, 0.050, 286, 32),
+        4: Round(0.112, 0.377, 0.197, 1227, 105),
+        8: Round(0.215, 0.594, 0.338, 1791, 146),
+    },
+    "75 %": {
+        0: Round(0, 0.071, 0.012, 120, 32),
+        4: Round(0.107, 0.173, 0.011, 585, 105),
+        8: Round(0.216, 0.234, 0.013, 998, 146),
+    },
+    "drafting loses": {
+        0: Round(0, 0.100, 0.010, 130, 32),
+        4: Round(0.120, 0.550, 0.100, 700, 105),
+        8: Round(0.240, 0.950, 0.150, 1100, 146),
+    },
+}
+"""Two cores, November 2026, by share of the experts' memory; the last one is made up."""
+
+
+class Text:
+    """A text whose places differ: in what rounds take there, and in what the draft gets right.
+
+    As measured on the widened demo: rounds differ by a tenth, neighbours alike, whole texts by some
+    percent; the draft gets 95 % of the tokens right, and rounds without one take 5 to 10 % longer
+    for some rounds behind one with it.
+    """
+
+    def __init__(self, seed: int, num_tokens: int = 256) -> None:
+        chance = random.Random(seed)
+        self.num_tokens = num_tokens
+        acceptance = min(0.99, chance.gauss(0.95, 0.02))
+        whole, drift = chance.gauss(0, 0.06), 0.0
+        self.drifts, self.noise, self.is_right = [], [], []
+        for _ in range(num_tokens):
+            drift = 0.8 * drift + 0.6 * chance.gauss(0, 0.09)
+            self.drifts.append(whole + drift)
+            self.noise.append(chance.gauss(0, 0.09))
+            self.is_right.append(chance.random() < acceptance)
+
+    def tpot_s(self, rounds: dict[int, Round], governor: Governor) -> float:
+        """Give the seconds per token of generating all of it."""
+        taken_s, place, num_plain = 0.0, 0, 100
+        while place < self.num_tokens:
+            drafted = governor.choose(self.num_tokens - place - 1)
+            num_plain = 0 if drafted else num_plain + 1
+            report = self._round(rounds, drafted, place, num_plain)
+            governor.learn(report)
+            taken_s += report.draft_s + report.verify_s
+            place += report.num_accepted_tokens + 1
+        return taken_s / self.num_tokens
+
+    def _round(
+        self, rounds: dict[int, Round], drafted: int, place: int, num_plain: int
+    ) -> RoundReport:
+        below = max(number for number in (0, 4) if number <= drafted)
+        usual = rounds[below].between(rounds[below + 4], (drafted - below) / 4)
+        drifts = self.drifts[place : place + drafted + 1]
+        factor = math.exp(
+            sum(drifts) / len(drifts) + self.noise[place] / math.sqrt(1 + drafted / 2)
+        )
+        if 0 < num_plain <= 8:
+            factor *= 1.1 if num_plain <= 2 else 1.05
+        right = self.is_right[place : place + drafted]
+        return RoundReport(
+            num_draft_tokens=drafted,
+            num_accepted_tokens=(*right, False).index(False),
+            draft_s=usual.draft_s,
+            verify_s=factor * usual.verify_s,
+            stall_s=factor * usual.stall_s,
+            copied_bytes=int(factor * usual.copied_mb * 1e6),
+            link_s=factor * usual.copied_mb / 2500,
+            num_lookups=int(factor * usual.num_lookups),
+        )
+
+
 MACHINES = {
     "the link is slow": Machine(link_bytes_s=5e8, acceptance=0.95),
     "the link is a little slow": Machine(link_bytes_s=2.5e9, acceptance=0.95),
@@ -172,7 +268,7 @@ class TestChoosing:
 
     def test_the_longer_drafting_loses_the_rarer_it_is_tried(self) -> None:
         choices, _ = Play(MACHINES["drafting is dear"], noise=0.0).run(700)
-        tried = [number for number, choice in enumerate(choices) if choice][2:]
+        tried = [number for number, choice in enumerate(choices) if choice][1:]
         gaps = [after - before for before, after in itertools.pairwise(tried)]
         assert gaps == sorted(gaps)
         assert (min(gaps), max(gaps)) == (40, 160)
@@ -211,6 +307,24 @@ class TestChoosing:
         assert set(choices[::2]) == {0}
         assert min(choices[1::2]) > 0
         assert choices[1] != choices[3], "two widths tell how costs grow"
+
+    def test_no_long_round_is_tried_where_a_short_one_left_no_hope(self) -> None:
+        hopeless, _ = Play(MACHINES["drafting is dear"]).run(5)
+        assert hopeless == [0, 4, 0, 0, 0]
+        hopeful, _ = Play(MACHINES["the link is slow"]).run(5)
+        assert hopeful == [0, 4, 0, 8, 0]
+
+    @pytest.mark.parametrize("name", MEASURED)
+    def test_texts_take_at_most_5_percent_longer_than_with_the_best_fixed_number(
+        self, name: str
+    ) -> None:
+        texts = [Text(seed) for seed in range(30)]
+
+        def mean_s(pinned: int | None) -> float:
+            times = [text.tpot_s(MEASURED[name], Governor(pinned=pinned)) for text in texts]
+            return sum(times) / len(times)
+
+        assert mean_s(None) < 1.05 * min(map(mean_s, range(MOST + 1)))
 
     def test_one_slow_round_decides_nothing(self) -> None:
         play = Play(MACHINES["the link is slow"], noise=0.0)

@@ -35,6 +35,9 @@ _MARGIN = 1.04
 """Another number of draft tokens must promise this much more to be taken."""
 _FIRST_ROUNDS = (0, 4, 0, 8, 0)
 """What the first rounds draft: both ways, and as far as it goes, lest it be a guess."""
+_HOPE = 0.85
+"""Share of plain decoding's rate that the longest round must promise to be one of the first: where
+drafting loses, it is a tenth of a short text."""
 _PLAIN_EVERY = 48
 """Tokens of rounds with a draft after which decoding without is tried, while it promises nearly as
 much. Often enough to be right within some hundred tokens, and seldom enough to cost 1 % or 2."""
@@ -174,7 +177,7 @@ class Governor:
         if self._pinned is not None:
             return min(self._pinned, most)
         if self._num_rounds < len(_FIRST_ROUNDS):
-            return min(_FIRST_ROUNDS[self._num_rounds], most, self.most)
+            return min(self._look(), most)
         if self._num_to_come:
             self._num_to_come -= 1
             return 0
@@ -244,6 +247,14 @@ class Governor:
                 )
             )
         return points
+
+    def _look(self) -> int:
+        """Give what a first round drafts: no long one where a short one has left no hope of it."""
+        number = min(_FIRST_ROUNDS[self._num_rounds], self.most)
+        seen = max(self.rounds_by_draft, default=0)
+        if 0 < seen < number and self.rate(number) < _HOPE * self.rate(0):
+            return 0
+        return number
 
     def _probe(self, rates: Sequence[float]) -> int:
         """Give the choice, or in its turn another one to be measured again."""
