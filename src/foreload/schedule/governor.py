@@ -35,7 +35,7 @@ _MARGIN = 1.04
 """Another number of draft tokens must promise this much more to be taken."""
 _FIRST_ROUNDS = (0, 4, 0, 8, 0)
 """What the first rounds draft: both ways, and as far as it goes, lest it be a guess."""
-_HOPE = 0.85
+_HOPE = 0.7
 """Share of plain decoding's rate that the longest round must promise to be one of the first: where
 drafting loses, it is a tenth of a short text."""
 _PLAIN_EVERY = 48
@@ -51,7 +51,13 @@ _UNSETTLED = 1.06
 """How much faster plain decoding is on its own than in its runs between rounds with a draft, the
 first rounds left out (the same, texts that mostly drafted: a median of 1.06, 0.95 to 1.18)."""
 _NEARLY = 0.8
-_PROBE_EVERY = 20
+_PLAIN_SELDOM = 480
+"""The same where it promises less than that share of the choice's rate."""
+_DOUBT_EVERY = 3
+_DOUBT = 0.25
+"""While it drafts, every third round may go to a number whose rate, were it better by this over the
+root of one more than its rounds, would be above the choice's: first rounds fill a cold cache, and
+what they showed of a number would keep it from ever being measured again."""
 _IDLE_PROBES = (20, 160)
 """Rounds without a draft until one is tried again; doubled, up to the second, while it loses."""
 _HOPED_ACCEPTANCE = 0.97
@@ -265,15 +271,21 @@ class Governor:
             self._next_probe = self._num_idle + self._patience
             return max(range(1, self.most + 1), key=rates.__getitem__)
         self._patience = self._next_probe = _IDLE_PROBES[0]
-        chosen = self._choice
-        if self._num_rounds % _PROBE_EVERY == 0:
-            turn = self._num_rounds // _PROBE_EVERY % 3
-            chosen = (chosen - 1, min(chosen + 1, self.most), 0)[turn]
-        elif rates[0] > _NEARLY * rates[chosen] and self._num_tokens_since >= _PLAIN_EVERY:
-            chosen = 0
-        if chosen == 0:
+        is_near = rates[0] > _NEARLY * rates[self._choice]
+        if self._num_tokens_since >= (_PLAIN_EVERY if is_near else _PLAIN_SELDOM):
             self._num_to_come = _PLAIN_RUN - 1
-        return chosen
+            return 0
+        if self._num_rounds % _DOUBT_EVERY:
+            return self._choice
+        hopes = [
+            rate if number in (0, self._choice) else rate * (1 + self._doubt(number))
+            for number, rate in enumerate(rates)
+        ]
+        return max(range(1, self.most + 1), key=hopes.__getitem__)
+
+    def _doubt(self, num_draft_tokens: int) -> float:
+        """Give by how much the rate of a number may be better than its few rounds have shown."""
+        return _DOUBT / math.sqrt(1 + self.rounds_by_draft[num_draft_tokens])
 
     def _length(self, num_draft_tokens: int) -> float:
         return accept_length([self.acceptance(position) for position in range(num_draft_tokens)])
