@@ -105,6 +105,16 @@ class Unsettled(Play):
         return 1.35 if 0 < self.num_plain <= 2 else 1.0
 
 
+class Cold(Play):
+    """The first of the longest rounds takes twice as long."""
+
+    num_longest = 0
+
+    def disturbance(self, drafted: int) -> float:
+        self.num_longest += drafted == MOST
+        return 2.0 if drafted == MOST and self.num_longest == 1 else 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """What rounds of a width took on the widened demo: seconds, megabytes, experts."""
@@ -295,6 +305,13 @@ class TestChoosing:
         play.run(150)
         choices, _ = play.run(100)
         assert choices.count(0) > 85
+
+    def test_one_bad_round_does_not_keep_it_from_longer_ones_for_good(self) -> None:
+        machine = MACHINES["the link is slow"]
+        assert machine.best() == MOST
+        choices, _ = Cold(machine, noise=0.0).run(90)
+        assert choices[:5] == [0, 4, 0, 8, 0]
+        assert min(machine.rate(choice) for choice in choices[-5:]) > 0.98 * machine.rate(MOST)
 
     def test_it_gives_up_when_drafting_pays_no_more(self) -> None:
         play = Play(MACHINES["the link is slow"])
