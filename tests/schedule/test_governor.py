@@ -309,9 +309,10 @@ class TestChoosing:
     def test_one_bad_round_does_not_keep_it_from_longer_ones_for_good(self) -> None:
         machine = MACHINES["the link is slow"]
         assert machine.best() == MOST
-        choices, _ = Cold(machine, noise=0.0).run(90)
+        choices, _ = Cold(machine, noise=0.0).run(100)
         assert choices[:5] == [0, 4, 0, 8, 0]
-        assert min(machine.rate(choice) for choice in choices[-5:]) > 0.98 * machine.rate(MOST)
+        usual = max(set(choices[60:]), key=choices[60:].count)
+        assert machine.rate(usual) > 0.98 * machine.rate(MOST)
 
     def test_it_gives_up_when_drafting_pays_no_more(self) -> None:
         play = Play(MACHINES["the link is slow"])
