@@ -37,7 +37,7 @@ _FIRST_ROUNDS = (0, 4, 0, 8, 0)
 """What the first rounds draft: both ways, and as far as it goes, lest it be a guess."""
 _HOPE = 0.7
 """Share of plain decoding's rate that the longest round must promise to be one of the first: where
-drafting loses, it is a tenth of a short text."""
+drafting loses clearly it is the dearest of them."""
 _PLAIN_EVERY = 48
 """Tokens of rounds with a draft after which decoding without is tried, while it promises nearly as
 much. Often enough to be right within some hundred tokens, and seldom enough to cost 1 % or 2."""
@@ -278,7 +278,7 @@ class Governor:
         if self._num_rounds % _DOUBT_EVERY:
             return self._choice
         hopes = [
-            rate if number in (0, self._choice) else rate * (1 + self._doubt(number))
+            rate if number == self._choice else rate * (1 + self._doubt(number))
             for number, rate in enumerate(rates)
         ]
         return max(range(1, self.most + 1), key=hopes.__getitem__)
