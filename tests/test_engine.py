@@ -15,7 +15,7 @@ import zoo
 from fakes import assert_settled, finish, least_memory, make_engine
 from foreload import Engine
 from foreload.config import EngineConfig
-from foreload.engine import Chunk, resolve
+from foreload.decode.chunks import Chunk
 from foreload.errors import (
     CapacityError,
     CheckpointError,
@@ -27,6 +27,7 @@ from foreload.memory.arena import slot_bytes
 from foreload.memory.disk import DiskBackend
 from foreload.memory.throttle import ThrottledBackend
 from foreload.model.hf import load_model
+from foreload.resolution import resolve
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 
 if TYPE_CHECKING:

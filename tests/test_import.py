@@ -84,7 +84,8 @@ def test_every_public_name_can_be_had() -> None:
 
 def test_public_names_are_their_modules_own() -> None:
     from foreload.config import EngineConfig
-    from foreload.engine import Chunk, Engine, GenerationResult
+    from foreload.decode.chunks import Chunk, GenerationResult
+    from foreload.engine import Engine
     from foreload.metrics import RequestStats
 
     for cls in (EngineConfig, Chunk, Engine, GenerationResult, RequestStats):

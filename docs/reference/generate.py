@@ -23,7 +23,8 @@ from foreload import errors
 from foreload.calibrate import CalibrationReport, calibrate
 from foreload.cli import app
 from foreload.config import EngineConfig, SamplingConfig
-from foreload.engine import Chunk, Engine, GenerationResult
+from foreload.decode.chunks import Chunk, GenerationResult
+from foreload.engine import Engine
 from foreload.evaluate import (
     EvaluationReport,
     Interval,

@@ -27,7 +27,8 @@ from foreload.errors import (
 
 if TYPE_CHECKING:
     from foreload.config import EngineConfig
-    from foreload.engine import Chunk, Engine, GenerationResult
+    from foreload.decode.chunks import Chunk, GenerationResult
+    from foreload.engine import Engine
     from foreload.metrics import RequestStats
 
 __all__ = [
@@ -52,10 +53,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Chunk": "foreload.engine",
+    "Chunk": "foreload.decode.chunks",
     "Engine": "foreload.engine",
     "EngineConfig": "foreload.config",
-    "GenerationResult": "foreload.engine",
+    "GenerationResult": "foreload.decode.chunks",
     "RequestStats": "foreload.metrics",
 }
 

@@ -14,17 +14,16 @@ import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from foreload.config import EngineConfig, SamplingConfig
+from foreload.decode.chunks import Transcript, join_chunks
 from foreload.decode.clock import RequestClock
-from foreload.decode.loop import StopText, decode
+from foreload.decode.loop import decode
 from foreload.decode.prompt import encode_prompt
-from foreload.decode.text import Detokenizer
 from foreload.errors import ConfigError, ForeloadError, UnsupportedModelError
 from foreload.memory.cuda import find_device
 from foreload.memory.disk import DiskBackend
@@ -59,12 +58,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from foreload.decode.chunks import Chunk, GenerationResult
     from foreload.decode.prompt import Prompt
     from foreload.memory.arena import SlotArena
     from foreload.memory.host_tier import HostTier
     from foreload.memory.tiers import ExpertTiers
     from foreload.memory.transfer import CopyBackend
-    from foreload.metrics import RequestStats
     from foreload.model.device_runtime import DeviceRuntime
     from foreload.model.device_self_draft import DeviceSelfDraft
     from foreload.model.draft import DraftExperts
@@ -78,47 +77,13 @@ if TYPE_CHECKING:
     from foreload.trace.record import RoutingTrace
     from foreload.types import ModelSpec, Predictor
 
-__all__ = ["Chunk", "Engine", "GenerationResult"]
+__all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
 
 
 _IDLE_ROUNDS = 60
 """Rounds in a row without a draft, probes aside, after which an optional one is dropped."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What one step of a stream brought.
-
-    Attributes:
-        token_ids: New tokens; empty in a last chunk that only carries held-back text.
-        text: New text, without stop texts and half characters.
-        finish_reason: None until the last chunk: "stop", "length" or "cancelled".
-        stats: The request's statistics, with the last chunk.
-    """
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str | None = None
-    stats: RequestStats | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationResult:
-    """A finished generation.
-
-    Attributes:
-        text: The generated text, without the prompt.
-        token_ids: The generated tokens.
-        finish_reason: "stop" (end token or stop text), "length" or "cancelled".
-        stats: What it took.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stats: RequestStats
 
 
 class Engine:
@@ -247,15 +212,7 @@ class Engine:
             prompt: Text, token ids, or chat messages ({"role": ..., "content": ...}).
             **sampling: Fields of `SamplingConfig`, such as `max_new_tokens=64`.
         """
-        token_ids: list[int] = []
-        text = ""
-        last = Chunk((), "")
-        for last in self.stream(prompt, **sampling):
-            token_ids.extend(last.token_ids)
-            text += last.text
-        if last.finish_reason is None or last.stats is None:
-            raise ForeloadError("the stream ended without a finish reason")
-        return GenerationResult(text, token_ids, last.finish_reason, last.stats)
+        return join_chunks(self.stream(prompt, **sampling))
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[Chunk]:
         """Generate text token by token; the last chunk has the finish reason and statistics.
@@ -613,7 +570,7 @@ class Engine:
         self, prompt_ids: list[int], config: SamplingConfig, submitted_s: float
     ) -> Iterator[Chunk]:
         ends = set(self._loaded.generation.eos_token_ids)
-        detokenizer, stop = Detokenizer(self.tokenizer), StopText(config.stop)
+        transcript = Transcript(self.tokenizer, ends, config.stop)
         drafter = self.drafter
         rounds = drafter.governor.rounds_by_draft if drafter is not None else Counter[int]()
         clock = RequestClock(
@@ -632,25 +589,16 @@ class Engine:
                 ends=ends,
                 is_cancelled=self._cancelled.is_set,
             )
-            finish_reason = "length"
             for token in tokens:
                 clock.token(is_output=token not in ends)
-                if token in ends:
-                    finish_reason = "stop"
-                    break
-                text = stop.feed(detokenizer.feed(token))
-                if stop.is_stopped:
-                    yield Chunk((token,), text)
-                    finish_reason = "stop"
-                    break
-                yield Chunk((token,), text)
-                if self._cancelled.is_set():
+                chunk = transcript.add(token)
+                if chunk is not None:
+                    yield chunk
+                if transcript.is_stopped or self._cancelled.is_set():
                     break
                 self._reconsider_draft()
-        if self._cancelled.is_set() and finish_reason == "length":
-            finish_reason = "cancelled"
-        rest = "" if stop.is_stopped else stop.feed(detokenizer.flush()) + stop.flush()
-        yield Chunk((), rest, finish_reason, clock.stats(self.expert_memory_bytes))
+        stats = clock.stats(self.expert_memory_bytes)
+        yield transcript.end(stats, is_cancelled=self._cancelled.is_set())
 
     def _lend_step(self, num_positions: int) -> AbstractContextManager[StepGraph | None]:
         """Lend a request a step at fixed addresses; None where it has to do without."""

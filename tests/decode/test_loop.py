@@ -1,4 +1,4 @@
-"""Every token is fed once, in order, drafted or not, and stop texts never show."""
+"""Every token is fed once, in order, drafted or not."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from foreload.config import SamplingConfig
 from foreload.decode import loop as loop_module
-from foreload.decode.loop import StopText, decode
+from foreload.decode.loop import decode
 from foreload.decode.sampling import verify
 
 if TYPE_CHECKING:
@@ -333,68 +331,6 @@ class TestRounds:
         assert draw(5) == first != draw(6)
         assert len(first) == 30
         assert torch.equal(torch.get_rng_state(), state), "the global generator was touched"
-
-
-class TestStopText:
-    def test_without_stop_texts_everything_shows_at_once(self) -> None:
-        stop = StopText(())
-        assert [stop.feed("ab"), stop.feed("c"), stop.flush()] == ["ab", "c", ""]
-        assert not stop.is_stopped
-
-    def test_what_might_begin_a_stop_text_is_held_back(self) -> None:
-        stop = StopText(("END",))
-        assert [stop.feed(piece) for piece in ("aE", "N", "xE", "ND", "more")][:3] == [
-            "a",
-            "",
-            "ENx",
-        ]
-        assert stop.is_stopped
-
-    def test_the_stop_text_and_what_follows_do_not_show(self) -> None:
-        stop = StopText(("STOP",))
-        assert stop.feed("one STOP two") == "one "
-        assert stop.is_stopped
-        assert stop.flush() == ""
-
-    def test_the_earliest_of_several_ends_the_text(self) -> None:
-        stop = StopText(("bb", "a", "abb"))
-        assert stop.feed("xxabb") == "xx"
-
-    def test_held_back_text_shows_when_the_text_ends_without_a_stop(self) -> None:
-        stop = StopText(("END",))
-        assert stop.feed("an EN") == "an "
-        assert stop.flush() == "EN"
-        assert stop.flush() == ""
-        assert not stop.is_stopped
-
-    def test_a_stop_text_that_repeats_itself_is_found_in_any_pieces(self) -> None:
-        stop = StopText(("aab",))
-        shown = "".join(stop.feed(letter) for letter in "xaaab")
-        assert shown == "xa"
-        assert stop.is_stopped
-
-    @given(
-        st.text("ab\n", max_size=30),
-        st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
-        st.lists(st.integers(0, 30), max_size=6),
-    )
-    def test_any_pieces_show_what_the_whole_text_would(
-        self, text: str, stops: list[str], cuts: list[int]
-    ) -> None:
-        stop, shown = StopText(stops), ""
-        edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-        for start, end in itertools.pairwise(edges):
-            shown += stop.feed(text[start:end])
-            assert text.startswith(shown)
-            if stop.is_stopped:
-                break
-        # A stop text counts as soon as it is complete: what ends first decides.
-        ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-        assert stop.is_stopped is bool(ends)
-        if ends:
-            assert not any(s in shown for s in stops)
-        else:
-            assert shown + stop.flush() == text
 
 
 class CountingStep:

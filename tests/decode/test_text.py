@@ -1,7 +1,8 @@
-"""Pieces of text add up to the whole text and never show half a character."""
+"""Pieces of text add up to the whole, without half characters; stop texts never show."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from foreload.decode.text import Detokenizer
+from foreload.decode.text import Detokenizer, StopText
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -116,3 +117,65 @@ def test_long_texts_are_not_decoded_again_and_again(tokenizer: PreTrainedTokeniz
     detokenizer = Detokenizer(Watching())
     assert "".join(detokenizer.feed(token) for token in ids) == "the cat sat on the mat " * 30
     assert max(lengths) <= 2
+
+
+class TestStopText:
+    def test_without_stop_texts_everything_shows_at_once(self) -> None:
+        stop = StopText(())
+        assert [stop.feed("ab"), stop.feed("c"), stop.flush()] == ["ab", "c", ""]
+        assert not stop.is_stopped
+
+    def test_what_might_begin_a_stop_text_is_held_back(self) -> None:
+        stop = StopText(("END",))
+        assert [stop.feed(piece) for piece in ("aE", "N", "xE", "ND", "more")][:3] == [
+            "a",
+            "",
+            "ENx",
+        ]
+        assert stop.is_stopped
+
+    def test_the_stop_text_and_what_follows_do_not_show(self) -> None:
+        stop = StopText(("STOP",))
+        assert stop.feed("one STOP two") == "one "
+        assert stop.is_stopped
+        assert stop.flush() == ""
+
+    def test_the_earliest_of_several_ends_the_text(self) -> None:
+        stop = StopText(("bb", "a", "abb"))
+        assert stop.feed("xxabb") == "xx"
+
+    def test_held_back_text_shows_when_the_text_ends_without_a_stop(self) -> None:
+        stop = StopText(("END",))
+        assert stop.feed("an EN") == "an "
+        assert stop.flush() == "EN"
+        assert stop.flush() == ""
+        assert not stop.is_stopped
+
+    def test_a_stop_text_that_repeats_itself_is_found_in_any_pieces(self) -> None:
+        stop = StopText(("aab",))
+        shown = "".join(stop.feed(letter) for letter in "xaaab")
+        assert shown == "xa"
+        assert stop.is_stopped
+
+    @given(
+        st.text("ab\n", max_size=30),
+        st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+        st.lists(st.integers(0, 30), max_size=6),
+    )
+    def test_any_pieces_show_what_the_whole_text_would(
+        self, text: str, stops: list[str], cuts: list[int]
+    ) -> None:
+        stop, shown = StopText(stops), ""
+        edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+        for start, end in itertools.pairwise(edges):
+            shown += stop.feed(text[start:end])
+            assert text.startswith(shown)
+            if stop.is_stopped:
+                break
+        # A stop text counts as soon as it is complete: what ends first decides.
+        ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+        assert stop.is_stopped is bool(ends)
+        if ends:
+            assert not any(s in shown for s in stops)
+        else:
+            assert shown + stop.flush() == text

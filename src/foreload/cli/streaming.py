@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from foreload.decode.chunks import join_chunks
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from foreload.cli.terminal import Terminal
     from foreload.config import EngineConfig, SamplingConfig
-    from foreload.engine import Engine, GenerationResult
+    from foreload.decode.chunks import Chunk, GenerationResult
+    from foreload.engine import Engine
 
 __all__ = ["cancelling", "open_engine", "stream_answer"]
 
@@ -65,22 +68,18 @@ def stream_answer(
     The first Ctrl-C ends the answer after its current token, the second raises KeyboardInterrupt.
     Without a tokenizer the token ids are shown.
     """
-    from foreload.engine import GenerationResult
-
-    token_ids: list[int] = []
-    pieces: list[str] = []
     chunks = engine.stream(prompt, **asdict(sampling))
-    with cancelling(engine.cancel):
+
+    def showing() -> Iterator[Chunk]:
         for chunk in chunks:
-            token_ids.extend(chunk.token_ids)
-            pieces.append(chunk.text)
             if engine.tokenizer is None:
                 show("".join(f"{token} " for token in chunk.token_ids))
             else:
                 show(chunk.text)
-    if chunk.finish_reason is None or chunk.stats is None:
-        raise RuntimeError("the stream ended without a finish reason")
-    return GenerationResult("".join(pieces), token_ids, chunk.finish_reason, chunk.stats)
+            yield chunk
+
+    with cancelling(engine.cancel):
+        return join_chunks(showing())
 
 
 @contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from foreload.config import SamplingConfig
 
-__all__ = ["Drafter", "Forward", "Round", "Step", "StopText", "decode"]
+__all__ = ["Drafter", "Forward", "Round", "Step", "decode"]
 
 
 class Forward(Protocol):
@@ -163,42 +163,3 @@ def _rounds(
         left -= len(emitted)
         token = emitted[-1]
         yield from emitted
-
-
-class StopText:
-    """Turns token texts into printable text, holding back what might begin a stop text.
-
-    Args:
-        stop: Texts that end the generation.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = [text for text in stop if text]
-        self._held = ""
-        self.is_stopped = False
-
-    def feed(self, text: str) -> str:
-        """Add new text; give what may be shown. Sets `is_stopped` when a stop text is complete."""
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.is_stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        end = len(self._held) - keep
-        shown, self._held = self._held[:end], self._held[end:]
-        return shown
-
-    def flush(self) -> str:
-        """Give what was held back; the text has ended without a stop text."""
-        shown, self._held = self._held, ""
-        return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Give the longest end of `text` that begins `stop`."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0

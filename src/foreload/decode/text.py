@@ -1,10 +1,13 @@
-"""Token ids to text, piece by piece, without showing half a character."""
+"""Token ids to text, piece by piece, without half a character or the beginning of a stop text."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Detokenizer"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Detokenizer", "StopText"]
 
 _UNFINISHED = "\ufffd"
 
@@ -45,3 +48,42 @@ class Detokenizer:
             return ""
         text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
         return text
+
+
+class StopText:
+    """Lets text through until a stop text, holding back what might begin one.
+
+    Args:
+        stop: Texts that end the generation.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.is_stopped = False
+
+    def feed(self, text: str) -> str:
+        """Add new text; give what may be shown. Sets `is_stopped` when a stop text is complete."""
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.is_stopped = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        end = len(self._held) - keep
+        shown, self._held = self._held[:end], self._held[end:]
+        return shown
+
+    def flush(self) -> str:
+        """Give what was held back; the text has ended without a stop text."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Give the longest end of `text` that begins `stop`."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
