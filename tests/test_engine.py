@@ -173,8 +173,18 @@ class TestStreaming:
                 tokens.extend(next(stream).token_ids)
         assert found == wanted
 
-    def test_threads_generate_side_by_side(self, open_engine: Open) -> None:
-        engine = open_engine(expert_memory="25%", predictor="lookahead")
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"expert_memory": "25%", "predictor": "lookahead"},
+            {"expert_memory": "80%", "draft": "int4"},
+        ],
+        ids=str,
+    )
+    def test_threads_generate_side_by_side(
+        self, open_engine: Open, settings: dict[str, Any]
+    ) -> None:
+        engine = open_engine(**settings)
         prompts = [PROMPT, PROMPT[::-1] * 2, [7, 8, 9]]
         wanted = [engine.generate(prompt, max_new_tokens=10).token_ids for prompt in prompts]
         found: dict[int, list[int]] = {}
@@ -238,6 +248,18 @@ class TestEnding:
         assert len(tokens) <= 4
         assert tokens == wanted[: len(tokens)]
         assert engine.generate(PROMPT, max_new_tokens=10).token_ids == wanted
+
+    def test_cancel_ends_every_stream_there_is_and_none_that_comes(self, open_engine: Open) -> None:
+        engine = open_engine()
+        wanted = engine.generate(PROMPT, max_new_tokens=10).token_ids
+        streams = [engine.stream(PROMPT, max_new_tokens=10) for _ in range(3)]
+        for stream in streams[:2]:
+            next(stream)
+        engine.cancel()
+        later = engine.stream(PROMPT, max_new_tokens=10)
+        ends = [list(stream)[-1].finish_reason for stream in streams]
+        assert ends == ["cancelled"] * 3
+        assert [token for chunk in later for token in chunk.token_ids] == wanted
 
     def test_cancel_from_another_thread_ends_a_long_generation(self, open_engine: Open) -> None:
         engine = open_engine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,13 @@ import torch
 import zoo
 from foreload import resolution
 from foreload.config import EngineConfig
-from foreload.errors import CapacityError, ConfigError, MissingExtraError, UnsupportedModelError
+from foreload.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    UnsupportedModelError,
+)
 from foreload.memory import cuda
 from foreload.model.device_plan import (
     block_bytes,
@@ -86,6 +93,25 @@ class TestAuto:
         resolved = resolve(config(draft="auto"), loaded, cache_dir=tmp_path)
         assert resolved.draft == ("int8" if pays else "none")
         assert int(resolved.expert_memory) <= 0.8 * 64 * slot_size(loaded.plans)
+
+    @pytest.mark.parametrize("damage", ["version", "witness"])
+    def test_one_of_another_time_is_left_alone(
+        self,
+        loaded: LoadedModel,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        damage: str,
+    ) -> None:
+        monkeypatch.setattr(resolution, "draft_pays", lambda *figures, **slots: True)
+        for kind in ("int4", "int8"):
+            prepare_draft(config(draft=kind), loaded, cache_dir=tmp_path)
+        told = draft_folder(tmp_path, loaded.spec.identity, "int4") / "config.json"
+        told.write_text(json.dumps({**json.loads(told.read_text()), damage: [0.0]}))
+        assert resolve(config(draft="auto"), loaded, cache_dir=tmp_path).draft == "int8"
+        assert "the int4 draft is left alone" in caplog.text
+        with pytest.raises(CheckpointError, match="delete that folder"):
+            prepare_draft(config(draft="int4"), loaded, cache_dir=tmp_path)
 
     def test_one_that_does_not_fit_is_left_out(self, loaded: LoadedModel, tmp_path: Path) -> None:
         prepare_draft(config(draft="int4"), loaded, cache_dir=tmp_path)

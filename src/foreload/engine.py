@@ -16,6 +16,7 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
@@ -134,7 +135,9 @@ class Engine:
         self.timeline = Timeline()
         self._loaded = loaded
         self.cache_dir = cache_dir
-        self._cancelled = threading.Event()
+        self._cancelled: WeakSet[threading.Event] = WeakSet()
+        # Reentrant: a signal's handler may cancel in the middle of `stream`.
+        self._cancelling = threading.RLock()
         self._closed = False
         self._handles: list[Any] = []
         self._is_draft_optional = is_draft_optional
@@ -235,12 +238,16 @@ class Engine:
                 }
             )
         self._require_open()
-        self._cancelled.clear()
-        return self._stream(prompt_ids, config, submitted_s)
+        cancelled = threading.Event()
+        with self._cancelling:
+            self._cancelled.add(cancelled)
+        return self._stream(prompt_ids, config, submitted_s, cancelled)
 
     def cancel(self) -> None:
-        """End the running generation after its current token; may be called from any thread."""
-        self._cancelled.set()
+        """End every stream there is, after its current token; may be called from any thread."""
+        with self._cancelling:
+            for cancelled in self._cancelled:
+                cancelled.set()
 
     def make_cache(self) -> Any:
         """Make an empty KV cache for one sequence, to be passed to `engine.model`."""
@@ -399,14 +406,16 @@ class Engine:
             cache.activate_past_recording()
         return cache
 
-    def drop_draft(self) -> None:
+    def drop_draft(self) -> bool:
         """Let go of the draft, and keep experts in its memory instead.
+
+        Returns:
+            Whether it is gone; not while another thread's text is being drafted.
 
         Raises:
             ConfigError: The experts lie on a device: its slots are given once.
         """
-        if self.drafter is not None:
-            self._require_host().drop_draft()
+        return self.drafter is None or self._require_host().drop_draft()
 
     def early_routers(self) -> list[EarlyRouter]:
         """Give, per MoE layer, the model's own norm and router, to be asked with any residual."""
@@ -567,7 +576,11 @@ class Engine:
             raise ForeloadError("the engine is closed", hint="open a new one")
 
     def _stream(
-        self, prompt_ids: list[int], config: SamplingConfig, submitted_s: float
+        self,
+        prompt_ids: list[int],
+        config: SamplingConfig,
+        submitted_s: float,
+        cancelled: threading.Event,
     ) -> Iterator[Chunk]:
         ends = set(self._loaded.generation.eos_token_ids)
         transcript = Transcript(self.tokenizer, ends, config.stop)
@@ -587,18 +600,18 @@ class Engine:
                 step=step,
                 drafter=drafter,
                 ends=ends,
-                is_cancelled=self._cancelled.is_set,
+                is_cancelled=cancelled.is_set,
             )
             for token in tokens:
                 clock.token(is_output=token not in ends)
                 chunk = transcript.add(token)
                 if chunk is not None:
                     yield chunk
-                if transcript.is_stopped or self._cancelled.is_set():
+                if transcript.is_stopped or cancelled.is_set():
                     break
                 self._reconsider_draft()
         stats = clock.stats(self.expert_memory_bytes)
-        yield transcript.end(stats, is_cancelled=self._cancelled.is_set())
+        yield transcript.end(stats, is_cancelled=cancelled.is_set())
 
     def _lend_step(self, num_positions: int) -> AbstractContextManager[StepGraph | None]:
         """Lend a request a step at fixed addresses; None where it has to do without."""
@@ -609,5 +622,6 @@ class Engine:
         drafter = self.drafter
         if not self._is_draft_optional or drafter is None:
             return
-        if drafter.governor.num_idle_rounds >= _IDLE_ROUNDS:
+        # Above, not at: the probe that falls on it is heard first.
+        if drafter.governor.num_idle_rounds > _IDLE_ROUNDS:
             self.drop_draft()

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import psutil
 
 from foreload.config import EngineConfig, parse_size
-from foreload.errors import CapacityError, ConfigError, MissingExtraError, UnsupportedModelError
+from foreload.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    UnsupportedModelError,
+)
 from foreload.memory import cuda
 from foreload.memory.arena import slot_bytes
 from foreload.model.device_plan import (
@@ -27,6 +33,7 @@ from foreload.model.device_plan import (
 from foreload.model.draft import (
     DRAFT_BITS,
     build_draft,
+    check_draft,
     draft_bytes,
     draft_folder,
     has_draft,
@@ -401,12 +408,18 @@ def _choose_draft(config: EngineConfig, loaded: LoadedModel, cache_dir: Path | N
         return config.draft
     if cache_dir is None:
         return "none"
-    built = (
-        kind
-        for kind in DRAFT_BITS
-        if has_draft(draft_folder(cache_dir, loaded.spec.identity, kind))
-    )
-    return next(built, "none")
+    identity = loaded.spec.identity
+    for kind in DRAFT_BITS:
+        folder = draft_folder(cache_dir, identity, kind)
+        if not has_draft(folder):
+            continue
+        try:
+            check_draft(loaded.sites, loaded.plans, identity, folder, kind)
+        except CheckpointError as error:
+            logger.warning("the %s draft is left alone: %s", kind, error)
+            continue
+        return kind
+    return "none"
 
 
 def _require_rewind(loaded: LoadedModel) -> None:

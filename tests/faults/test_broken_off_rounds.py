@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fakes import assert_settled, finish
-from foreload.errors import TransferError
+from foreload import Engine, resolution
+from foreload.errors import ForeloadError, TransferError
 from foreload.memory.disk import DiskBackend
+from foreload.schedule.governor import Governor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from foreload import Engine
+    from pathlib import Path
 
     Open = Callable[..., Engine]
 
@@ -193,3 +194,66 @@ def test_a_draft_that_is_let_go_of_leaves_its_memory_to_the_experts(
     assert_as_fresh(engine, wanted)
     assert engine.metrics.num_draft_tokens == num_drafted
     assert len(engine.tiers.cache.keys()) > before
+
+
+def test_a_draft_that_is_at_work_is_not_let_go_of(
+    open_engine: Open, wanted: dict[str, list[int]]
+) -> None:
+    engine = open_with_draft(open_engine)
+    assert engine.drafter is not None
+    draft = engine.drafter.draft
+    assert draft is not None
+    real = draft.run_layer
+    answers: list[bool] = []
+
+    def run(*args: Any) -> Any:
+        answers.append(finish(engine.drop_draft))
+        return real(*args)
+
+    draft.run_layer = run  # type: ignore[method-assign]
+    assert engine.generate(PROMPT, max_new_tokens=NUM_TOKENS).token_ids == wanted["prompt"]
+    assert set(answers) == {False}
+    assert engine.drop_draft()
+    assert_as_fresh(engine, wanted)
+
+
+def test_an_optional_draft_that_long_has_not_paid_is_let_go_of(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    wanted: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resolution, "draft_pays", lambda *figures, **slots: True)
+
+    def open_engine(draft: str) -> Engine:
+        given = {"expert_memory": "80%", "device": "cpu", "cache_dir": tmp_path}
+        return Engine.from_pretrained(tiny_checkpoint, draft=draft, **given)
+
+    open_engine("int4").close()
+    with open_engine("auto") as engine:
+        assert engine.drafter is not None
+        # A probe falls on the sixtieth round: it is heard before anything is given up.
+        for num_idle, is_kept in ((60, True), (61, False)):
+            monkeypatch.setattr(Governor, "num_idle_rounds", num_idle)
+            found = engine.generate(PROMPT, max_new_tokens=NUM_TOKENS).token_ids
+            assert found == wanted["prompt"]
+            assert (engine.drafter.draft is not None) is is_kept
+        assert_as_fresh(engine, wanted)
+
+
+def test_closing_while_a_token_is_drafted_says_that_the_engine_is_closed(
+    open_engine: Open,
+) -> None:
+    engine = open_with_draft(open_engine)
+    assert engine.drafter is not None
+    draft = engine.drafter.draft
+    assert draft is not None
+    real = draft.run_layer
+
+    def run(*args: Any) -> Any:
+        engine.close()
+        return real(*args)
+
+    draft.run_layer = run  # type: ignore[method-assign]
+    with pytest.raises(ForeloadError, match="engine is closed"):
+        engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)

@@ -348,7 +348,7 @@ def test_a_draft_that_was_let_go_of_says_so(loaded: LoadedModel, folders: dict[s
     draft = read(loaded, folders["int4"])
     draft.release()
     assert draft.num_bytes == 0
-    with pytest.raises(ForeloadError, match="let go of"):
+    with pytest.raises(ForeloadError, match="engine is closed"):
         draft.run_layer(0, loaded.sites[0].experts, *make_inputs(loaded, 0, 1))
     draft.release()
 

@@ -13,6 +13,7 @@ from foreload.memory.disk import DiskBackend
 from foreload.memory.host_tier import HostTier
 from foreload.model import host_path
 from foreload.resolution import slot_size
+from foreload.schedule.prefetch import most_prefetches
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,12 +39,16 @@ def test_a_draft_is_a_part_of_the_memory_until_it_is_dropped(
         assert draft is not None
         size = slot_size(engine._loaded.plans)
         slots = path.tiers.num_slots
+        top_k = engine.spec.top_k
+        assert path.runtime._prefetcher.max_prefetches == most_prefetches(slots, top_k)
         assert path.num_bytes == slots * size + draft.num_bytes <= engine.config.expert_memory
         before = engine.generate([3, 4, 5], max_new_tokens=6).token_ids
         for _ in range(2):
-            path.drop_draft()
+            assert path.drop_draft()
             assert path.drafter.draft is None
-            assert path.tiers.num_slots == engine.config.expert_memory // size > slots
+            more = path.tiers.num_slots
+            assert more == engine.config.expert_memory // size > slots
+            assert path.runtime._prefetcher.max_prefetches == most_prefetches(more, top_k)
         assert engine.generate([3, 4, 5], max_new_tokens=6).token_ids == before
 
 

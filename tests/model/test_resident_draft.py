@@ -89,7 +89,7 @@ def test_it_cannot_run_once_it_is_let_go_of(loaded: LoadedModel) -> None:
     draft.release()
     assert draft.num_bytes == 0
     one = torch.zeros((1, loaded.spec.hidden_size))
-    with pytest.raises(ForeloadError, match="let go of"):
+    with pytest.raises(ForeloadError, match="engine is closed"):
         draft.run_layer(0, loaded.sites[0].experts, one, torch.tensor([[0]]), torch.ones(1, 1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -282,6 +283,11 @@ def test_only_whole_single_token_forwards_are_timed(make_bench: Any) -> None:
             bench.run(layer, *([[0, 1]] * tokens))
     assert len(times) == 3, "the last is still open, the one of five tokens does not count"
     assert all(step_s > 0 for step_s in times)
+    for tokens in (4, 1, 1):
+        with bench.runtime.prefilling() if tokens > 1 else nullcontext():
+            for layer in range(LAYERS):
+                bench.run(layer, *([[0, 1]] * tokens))
+    assert len(times) == 4, "nor what lies between two requests"
 
 
 def test_a_residual_is_shown_once_at_its_layer(make_bench: Any) -> None:

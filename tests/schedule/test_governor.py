@@ -293,6 +293,30 @@ class TestChoosing:
         runs = [len(list(run)) for plain, run in itertools.groupby(close[20:], bool) if not plain]
         assert set(runs[1:-1]) == {4}, "one alone says little"
 
+    def test_short_texts_do_not_keep_it_from_trying_plain_decoding(self) -> None:
+        machine = Machine(link_bytes_s=1.2e9, growth=0.95, acceptance=1.0)
+        assert 0.8 < machine.rate(0) / machine.rate(machine.best()) < 0.95
+        governor, num_plain = Governor(most=MOST), 0
+        for _ in range(40):
+            left = 28
+            while left > 0:
+                drafted = governor.choose(left - 1)
+                governor.learn(machine.report(drafted, drafted))
+                num_plain += drafted == 0 and left > 1
+                left -= drafted + 1
+        assert num_plain > 40
+
+    def test_rounds_that_have_no_choice_are_nobodys_turn(self) -> None:
+        play = Play(MACHINES["drafting is dear"], noise=0.0)
+        play.run(10)
+        before = play.governor.num_idle_rounds
+        for _ in range(100):
+            assert play.governor.choose(0) == 0
+            play.governor.learn(play.machine.report(0, 0))
+        assert play.governor.num_idle_rounds == before
+        choices, _ = play.run(20)
+        assert sum(map(bool, choices)) == 1, "the probe that was due before"
+
     @pytest.mark.parametrize("seed", range(3))
     def test_rounds_that_the_draft_has_disturbed_do_not_speak_for_plain_decoding(
         self, seed: int

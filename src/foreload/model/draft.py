@@ -51,6 +51,7 @@ __all__ = [
     "DRAFT_BITS",
     "DraftExperts",
     "build_draft",
+    "check_draft",
     "draft_bytes",
     "draft_folder",
     "has_draft",
@@ -93,7 +94,7 @@ class DraftExperts:
     ) -> Tensor:
         """Compute one MoE layer on the quantised experts; arguments as transformers gives them."""
         if not self._layers:
-            raise ForeloadError("the draft was let go of", hint="open a new engine")
+            raise ForeloadError("the draft is gone: its engine is closed", hint="open a new one")
         return draft_forward(
             self._layers[layer], experts, hidden_states, top_k_index, top_k_weights
         )
@@ -168,7 +169,7 @@ def draft_folder(cache_dir: Path, identity: str, kind: str) -> Path:
 
 
 def has_draft(folder: Path) -> bool:
-    """Tell whether a draft has been built there; `read_draft` checks it."""
+    """Tell whether a draft has been built there; `check_draft` tells whether it can be used."""
     return (folder / "config.json").is_file()
 
 
@@ -259,10 +260,10 @@ def pack_expert(
     return _assemble(layout, [layout.views(_lay_out(layout, packed, tensors, experts))])
 
 
-def read_draft(
+def check_draft(
     sites: Sequence[MoeSite], plans: Plans, identity: str, folder: Path, kind: str
-) -> DraftExperts:
-    """Map a draft that `build_draft` made.
+) -> CheckpointIndex:
+    """Make sure that a draft can be used, by its headers and one of its experts.
 
     Args:
         sites: The model's MoE layers.
@@ -270,6 +271,9 @@ def read_draft(
         identity: The checkpoint's identity.
         folder: Where the draft lies.
         kind: "int4" or "int8".
+
+    Returns:
+        Where its experts lie.
 
     Raises:
         CheckpointError: It is missing, damaged, another checkpoint's, or laid out for another
@@ -286,22 +290,38 @@ def read_draft(
         raise CheckpointError(
             f"{folder} was made from another checkpoint, or by another version", hint=_REBUILD
         )
+    for layer, (layout, row) in enumerate(zip(formats, plans, strict=True)):
+        for expert in range(len(row)):
+            if index[_name(layer, expert)].num_bytes != layout.num_bytes:
+                raise CheckpointError(f"{folder}: experts of another size", hint=_REBUILD)
+    entry = index[_name(0, 0)]
+    with open(entry.path, "rb") as stream:
+        stream.seek(entry.offset)
+        raw = torch.frombuffer(bytearray(stream.read(entry.num_bytes)), dtype=torch.uint8)
+    views = formats[0].views(raw)
+    first = PackedMatrix(formats[0].first, views["first.weight"], views["first.scales"])
+    if _testify(first) != witness:
+        raise CheckpointError(
+            f"{folder} is damaged, or laid out for another version of torch", hint=_REBUILD
+        )
+    return index
+
+
+def read_draft(
+    sites: Sequence[MoeSite], plans: Plans, identity: str, folder: Path, kind: str
+) -> DraftExperts:
+    """Map a draft that `build_draft` made; arguments and errors are those of `check_draft`."""
+    index = check_draft(sites, plans, identity, folder, kind)
+    formats = _formats(sites, plans, kind)
     files = {path: _map_file(path) for path in index.files}
     layers = []
     for layer, (layout, row) in enumerate(zip(formats, plans, strict=True)):
         views = []
         for expert in range(len(row)):
             entry = index[_name(layer, expert)]
-            if entry.num_bytes != layout.num_bytes:
-                raise CheckpointError(f"{folder}: experts of another size", hint=_REBUILD)
             raw = files[entry.path][entry.offset : entry.offset + entry.num_bytes]
             views.append(layout.views(raw))
         layers.append(_assemble(layout, views))
-    first = layers[0].first[0]
-    if not isinstance(first, PackedMatrix) or _testify(first) != witness:
-        raise CheckpointError(
-            f"{folder} is damaged, or laid out for another version of torch", hint=_REBUILD
-        )
     num_bytes = sum(f.num_bytes * len(row) for f, row in zip(formats, plans, strict=True))
     return DraftExperts(layers, kind, num_bytes)
 

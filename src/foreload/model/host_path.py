@@ -100,6 +100,7 @@ class HostPath:
         size = max(slot_bytes(plan) for layer in loaded.plans for plan in layer)
         self._slot_bytes = size
         self._num_layers = spec.num_moe_layers
+        self._top_k = spec.top_k
         self._metrics = metrics
         self._most_bytes = int(config.expert_memory)
         self._staged: StagedBackend | None = None
@@ -161,22 +162,30 @@ class HostPath:
         """Give the bytes that copies have found in the host tier; 0 where there is none."""
         return 0 if self._staged is None else self._staged.host_bytes
 
-    def drop_draft(self) -> None:
+    def drop_draft(self) -> bool:
         """Let go of the draft, and keep experts in its memory instead.
+
+        Returns:
+            Whether it is gone; not while a round of another thread drafts.
 
         Raises:
             ConfigError: The experts lie on a device: its slots are given once.
         """
         if self.drafter is None or self.drafter.draft is None:
-            return
+            return True
         if self._staged is not None:
             raise ConfigError(
                 "the draft's memory on a device cannot be given to experts",
                 hint="open another engine, with draft='none'",
             )
-        self.drafter.release()
-        self.tiers.grow(self._most_bytes // self._slot_bytes - self.tiers.num_slots)
-        logger.info("the draft did not pay: its memory holds experts now")
+        with self.runtime.lock:
+            if self.drafter.num_drafting:
+                return False
+            self.drafter.release()
+            self.tiers.grow(self._most_bytes // self._slot_bytes - self.tiers.num_slots)
+            self.runtime.limit_prefetches(most_prefetches(self.tiers.num_slots, self._top_k))
+        logger.info("the draft was let go of: its memory holds experts now")
+        return True
 
     def release(self) -> None:
         """Stop the copies and let go of the experts' memory; may be called twice."""

@@ -57,7 +57,7 @@ class ResidentDraft:
     ) -> Tensor:
         """Compute one MoE layer on the quantised experts; arguments as transformers gives them."""
         if self._experts is None:
-            raise ForeloadError("the draft was let go of", hint="open a new engine")
+            raise ForeloadError("the draft is gone: its engine is closed", hint="open a new one")
         routing = Routing(top_k_index, top_k_weights)
         with on_device(hidden_states.device):
             return self._experts.run(layer, experts, hidden_states, routing)

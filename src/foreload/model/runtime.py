@@ -114,11 +114,17 @@ class ExpertRuntime:
             return True
         return self._switch.is_on
 
+    def limit_prefetches(self, max_prefetches: int) -> None:
+        """Set how many guessed experts may be queued or on their way at once."""
+        self._prefetcher.max_prefetches = max_prefetches
+
     @contextmanager
     def prefilling(self) -> Iterator[None]:
         """Take this thread's forwards for parts of a prompt, single tokens too."""
         thread = threading.get_ident()
         self._prefilling.add(thread)
+        # Between two requests nobody computes: the last step of the one before is not timed.
+        self._step_start_s = None
         try:
             yield
         finally:

@@ -51,6 +51,7 @@ class SelfDraft:
         draft: The quantised experts; None once they were let go of: then nothing is drafted.
         is_prefetching: Whether copies begin while drafting; for comparison.
         on_round: Told each round's lookahead buffer when it is settled; for measuring.
+        num_drafting: Rounds that are drafting at the moment; the draft has to stay for them.
         foresight: Gives, by position in the text and layer, who will be wanted, in place of the
             draft's own routing; for comparison with a draft that routes perfectly.
     """
@@ -76,6 +77,7 @@ class SelfDraft:
         self.forward = forward
         self.num_layers = num_layers
         self.foresight: Foresight | None = None
+        self.num_drafting = 0
 
     def begin(self, kv_cache: Any, most: int) -> DraftRound:
         """Make a round that drafts as many tokens as pays, at most `most`; none is a choice."""
@@ -133,16 +135,23 @@ class DraftRound(MeasuredRound):
 
     def draft(self, token: int, choose: Callable[[Tensor], int | None]) -> None:
         """Draft behind `token`, choosing each by its logits (V,); None ends it early."""
-        owner, draft = self._owner, self._owner.draft
-        if self.number == 0 or draft is None:
-            return
-        with owner.runtime.drafting(draft.run_layer, self.prefetches):
-            following: int | None = token
-            while following is not None and self._num_drafted < self.number:
-                logits = owner.forward(torch.tensor([[following]]), self._kv_cache)
-                self._num_drafted += 1
-                self.prefetches.end_token()
-                following = choose(logits[-1])
+        owner = self._owner
+        with owner.runtime.lock:
+            draft = owner.draft
+            if self.number == 0 or draft is None:
+                return
+            owner.num_drafting += 1
+        try:
+            with owner.runtime.drafting(draft.run_layer, self.prefetches):
+                following: int | None = token
+                while following is not None and self._num_drafted < self.number:
+                    logits = owner.forward(torch.tensor([[following]]), self._kv_cache)
+                    self._num_drafted += 1
+                    self.prefetches.end_token()
+                    following = choose(logits[-1])
+        finally:
+            with owner.runtime.lock:
+                owner.num_drafting -= 1
         rewind(self._kv_cache, self._num_drafted)
         with owner.runtime.lock:
             self.prefetches.end_draft()

@@ -2,12 +2,14 @@
 
 The Amortization Roofline Model with its inputs tracked while text is generated: what a draft token
 and a verification take to compute, what a round copies, how much of that is hidden, how often the
-draft is right. Drafting nothing is one of the choices. Torch-free, and without a clock.
+draft is right. Drafting nothing is one of the choices. Torch-free, and without a clock. Rounds of
+several threads may ask and tell it.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -144,6 +146,7 @@ class Governor:
         self._bytes = _Curve(_PRIOR_GROWTH)
         self._lookups = _Curve(_PRIOR_GROWTH)
         self._error: dict[int, _Average] = {}
+        self._lock = threading.Lock()
 
     @property
     def draft_token_s(self) -> float:
@@ -180,9 +183,48 @@ class Governor:
         Args:
             most: What the text still has room for.
         """
+        with self._lock:
+            return self._choose(most)
+
+    def learn(self, report: RoundReport) -> None:
+        """Average in what a round has shown."""
+        with self._lock:
+            self._learn(report)
+
+    def rate(self, num_draft_tokens: int) -> float:
+        """Give the tokens per second that a number of draft tokens promises: Theta(k)."""
+        taken_s = self._modelled_s(num_draft_tokens) * self._correction(num_draft_tokens)
+        return self._length(num_draft_tokens) / taken_s if taken_s > 0 else 0.0
+
+    def roofs(self) -> list[RoofPoint]:
+        """Give every choice under both roofs, for statistics and figures."""
+        points = []
+        with self._lock:
+            for number in range(self.most + 1):
+                length = self._length(number)
+                intensity = amortised_intensity(length, self._bytes.at(number + 1))
+                draft_s, verify_s = self._draft_s(number), self._compute.at(number + 1)
+                points.append(
+                    RoofPoint(
+                        number,
+                        self._lookups.at(number + 1),
+                        intensity,
+                        io_roof(intensity, self.link_bytes_s),
+                        compute_roof(length, draft_s, verify_s) if verify_s > 0 else 0.0,
+                        self.rate(number),
+                        self.rounds_by_draft[number],
+                    )
+                )
+        return points
+
+    def _choose(self, most: int) -> int:
         if self._pinned is not None:
             return min(self._pinned, most)
+        if most == 0:
+            # No choice, so none of the turns that others wait for either.
+            return 0
         if self._num_rounds < len(_FIRST_ROUNDS):
+            self._num_tokens_since = 0
             return min(self._look(), most)
         if self._num_to_come:
             self._num_to_come -= 1
@@ -198,17 +240,15 @@ class Governor:
         self._num_idle = 0 if self._choice else self._num_idle + 1
         return min(self._probe(rates), most)
 
-    def learn(self, report: RoundReport) -> None:
-        """Average in what a round has shown."""
+    def _learn(self, report: RoundReport) -> None:
         drafted, width = report.num_draft_tokens, report.num_draft_tokens + 1
         self._num_rounds += 1
         self.rounds_by_draft[drafted] += 1
         if report.link_s > 0:
             self._link_bytes_s.add(report.copied_bytes / report.link_s)
         self._num_plain = 0 if drafted else self._num_plain + 1
-        self._num_tokens_since += report.num_accepted_tokens + 1
-        if not drafted:
-            self._num_tokens_since = 0
+        if drafted:
+            self._num_tokens_since += report.num_accepted_tokens + 1
         # The first look has nothing else to go by.
         if 0 < self._num_plain <= _SETTLING and self._num_rounds > len(_FIRST_ROUNDS):
             return
@@ -229,31 +269,6 @@ class Governor:
         if expected_s > 0:
             self._error.setdefault(drafted, _Average()).add(measured_s / expected_s)
 
-    def rate(self, num_draft_tokens: int) -> float:
-        """Give the tokens per second that a number of draft tokens promises: Theta(k)."""
-        taken_s = self._modelled_s(num_draft_tokens) * self._correction(num_draft_tokens)
-        return self._length(num_draft_tokens) / taken_s if taken_s > 0 else 0.0
-
-    def roofs(self) -> list[RoofPoint]:
-        """Give every choice under both roofs, for statistics and figures."""
-        points = []
-        for number in range(self.most + 1):
-            length = self._length(number)
-            intensity = amortised_intensity(length, self._bytes.at(number + 1))
-            draft_s, verify_s = self._draft_s(number), self._compute.at(number + 1)
-            points.append(
-                RoofPoint(
-                    number,
-                    self._lookups.at(number + 1),
-                    intensity,
-                    io_roof(intensity, self.link_bytes_s),
-                    compute_roof(length, draft_s, verify_s) if verify_s > 0 else 0.0,
-                    self.rate(number),
-                    self.rounds_by_draft[number],
-                )
-            )
-        return points
-
     def _look(self) -> int:
         """Give what a first round drafts: no long one where a short one has left no hope of it."""
         number = min(_FIRST_ROUNDS[self._num_rounds], self.most)
@@ -265,6 +280,7 @@ class Governor:
     def _probe(self, rates: Sequence[float]) -> int:
         """Give the choice, or in its turn another one to be measured again."""
         if self._choice == 0:
+            self._num_tokens_since = 0
             if self._num_idle < self._next_probe:
                 return 0
             self._patience = min(2 * self._patience, _IDLE_PROBES[1])
@@ -274,6 +290,7 @@ class Governor:
         is_near = rates[0] > _NEARLY * rates[self._choice]
         if self._num_tokens_since >= (_PLAIN_EVERY if is_near else _PLAIN_SELDOM):
             self._num_to_come = _PLAIN_RUN - 1
+            self._num_tokens_since = 0
             return 0
         if self._num_rounds % _DOUBT_EVERY:
             return self._choice

@@ -56,6 +56,9 @@ class Prefetcher:
         num_layers: MoE layers.
         max_prefetches: Most guessed experts queued or on their way at once: the byte cap.
         min_odds: Guesses less probable than this are not prefetched.
+
+    Attributes:
+        max_prefetches: As given; may be changed at any time.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Prefetcher:
         self._target = target
         self._metrics = metrics
         self._num_layers = num_layers
-        self._max_prefetches = max_prefetches
+        self.max_prefetches = max_prefetches
         self._min_odds = min_odds
         self._odds = GuessOdds()
         self._guesses: dict[int, list[_OpenGuess]] = {}
@@ -103,7 +106,7 @@ class Prefetcher:
             guesses: Predictions made at one layer, the nearest first.
             is_single: Whether the forward has one token.
         """
-        room = self._max_prefetches - self._target.num_open_prefetches
+        room = self.max_prefetches - self._target.num_open_prefetches
         for guess in guesses:
             absent = [
                 (expert, confidence)
