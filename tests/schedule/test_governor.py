@@ -294,7 +294,7 @@ class TestChoosing:
         assert set(runs[1:-1]) == {4}, "one alone says little"
 
     def test_the_last_tokens_of_texts_do_not_pass_for_trials_of_plain_decoding(self) -> None:
-        machine = Machine(link_bytes_s=1.2e9, growth=0.9, acceptance=0.95)
+        machine = Machine(link_bytes_s=1.2e9, growth=0.9, acceptance=0.99)
         play = Play(machine, noise=0.0)
         play.run(5)
         choices = []
