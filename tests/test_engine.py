@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -25,7 +27,9 @@ from foreload.errors import (
 )
 from foreload.memory.arena import slot_bytes
 from foreload.memory.disk import DiskBackend
+from foreload.memory.host_arena import HostArena
 from foreload.memory.throttle import ThrottledBackend
+from foreload.model import device_path
 from foreload.model.hf import load_model
 from foreload.resolution import resolve
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
@@ -548,6 +552,48 @@ class TestPolicies:
 
 
 class TestOpening:
+    @pytest.mark.parametrize("orchestration", ["host", "device"])
+    @pytest.mark.parametrize("draft", ["none", "int4"])
+    def test_a_closed_engine_goes_with_its_last_reference(
+        self, tiny_checkpoint: Path, tmp_path: Path, orchestration: str, draft: str
+    ) -> None:
+        given = {"expert_memory": "80%", "device": "cpu", "cache_dir": tmp_path}
+        engine = Engine.from_pretrained(
+            tiny_checkpoint, orchestration=orchestration, draft=draft, **given
+        )
+        engine.generate(PROMPT, max_new_tokens=6)
+        engine.close()
+        # What refers to itself in a circle would keep a device's memory until it is collected.
+        held = [weakref.ref(engine), weakref.ref(engine.model)]
+        gc.disable()
+        try:
+            del engine
+            assert [reference() for reference in held] == [None, None]
+        finally:
+            gc.enable()
+
+    def test_a_device_without_memory_left_says_what_to_change(
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        released: list[HostArena] = []
+        own_release = HostArena.release
+
+        def release(self: HostArena) -> None:
+            released.append(self)
+            own_release(self)
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+        monkeypatch.setattr(HostArena, "release", release)
+        monkeypatch.setattr(device_path, "ExpertStream", refuse)
+        with pytest.raises(CapacityError, match="ran out of memory") as caught:
+            Engine.from_pretrained(
+                tiny_checkpoint, expert_memory="50%", device="cpu", orchestration="device"
+            )
+        assert caught.value.hint == "set expert_memory to less"
+        assert released
+
     def test_two_engines_live_side_by_side(
         self, open_engine: Open, tiny_model: PreTrainedModel
     ) -> None:

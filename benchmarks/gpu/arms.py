@@ -16,7 +16,7 @@ import torch
 
 from foreload.bench.forced import ForcedRun, run_forced, run_rounds
 from foreload.bench.measure import load_all
-from foreload.model.graph import StepGraphs
+from foreload.model.graph import StepGraphs, forward_all
 from foreload.model.kv_cache import make_kv_cache, make_static_cache
 from foreload.model.sites import discover_sites
 from foreload.trace.record import RoutingRecorder
@@ -275,7 +275,7 @@ class ResidentModel:
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self._graphs = {
             name: StepGraphs(
-                functools.partial(_forward_all, self._model),
+                functools.partial(forward_all, self._model),
                 functools.partial(make_static_cache, self._model),
                 torch.device(DEVICE),
                 is_captured=True,
@@ -296,7 +296,7 @@ class ResidentModel:
         def prefill(token_ids: Tensor, kv_cache: Any) -> Tensor:
             # batched_mm copies every token's experts, and is for decoding only.
             model.set_experts_implementation("grouped_mm")
-            logits = _forward_all(model, token_ids.to(DEVICE), kv_cache)[-1]
+            logits = forward_all(model, token_ids, kv_cache)[-1]
             model.set_experts_implementation(implementation)
             return logits
 
@@ -352,7 +352,7 @@ def _run_plain(model: Any, workload: Workload, forcing: Forcing | None = None) -
     cache = make_kv_cache(model)
 
     def forward(token_ids: Tensor, kv_cache: Any) -> Tensor:
-        return _forward_all(model, token_ids.to(DEVICE), kv_cache)[-1]
+        return forward_all(model, token_ids, kv_cache)[-1]
 
     def ask(token: int) -> Tensor:
         logits = forward(torch.tensor([[token]]), cache)
@@ -360,10 +360,3 @@ def _run_plain(model: Any, workload: Workload, forcing: Forcing | None = None) -
         return logits
 
     return run_forced(_Steps(forward, ask, forcing), workload, cache)
-
-
-def _forward_all(model: Any, token_ids: Tensor, kv_cache: Any) -> Tensor:
-    with torch.inference_mode():
-        output = model(input_ids=token_ids, past_key_values=kv_cache, use_cache=True)
-        logits: Tensor = output.logits[0]
-        return logits

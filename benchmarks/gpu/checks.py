@@ -92,10 +92,10 @@ def step_through(engine: Engine, token_ids: Sequence[int]) -> tuple[list[Tensor]
     """Gives the logits of every token, decoded one by one, and whether steps were captured."""
     path = engine._device
     if path is None:
-        sys.exit("the engine does not let the device decide")
+        raise RuntimeError("the engine does not let the device decide")
     with path.lend_step(len(token_ids)) as step:
         if step is None:
-            sys.exit(f"{engine.spec.architecture} has no static KV cache")
+            raise RuntimeError(f"{engine.spec.architecture} has no static KV cache")
         logits = [step(token).float() for token in token_ids]
         return logits, step.is_captured
 

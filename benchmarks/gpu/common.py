@@ -83,7 +83,12 @@ def attempt(row: Row, measure: Callable[[], Row]) -> Row:
 def broken(row: Row, error: Exception) -> Row:
     """Gives a row with what broke."""
     traceback.print_exception(error)
-    return {**row, "error": repr(error), "is_fine": False}
+    return failed(row, repr(error))
+
+
+def failed(row: Row, error: str) -> Row:
+    """Gives a row with the text of what broke."""
+    return {**row, "error": error, "is_fine": False}
 
 
 def show(row: Row) -> Row:

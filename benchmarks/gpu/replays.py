@@ -24,12 +24,15 @@ def replay(settings: Settings) -> Iterator[Row]:
 
     if settings.trace is None:
         sys.exit("replay needs --trace FILE, a recorded routing")
-    model = settings.build / f"qwen3-30b-a3b-{settings.layers}"
-    if not model.is_dir():
-        make_random_checkpoint("qwen3-30b-a3b", model, num_layers=settings.layers)
+    # Before the checkpoint, which takes gigabytes.
     trace = read_trace(settings.trace).decode_part()
     steps = [step[: settings.layers] for step in trace.steps if len(step) >= settings.layers]
     steps = steps[: settings.num_decode_tokens]
+    if not steps:
+        sys.exit(f"{settings.trace} has no decoded token with {settings.layers} MoE layers")
+    model = settings.build / f"qwen3-30b-a3b-{settings.layers}"
+    if not model.is_dir():
+        make_random_checkpoint("qwen3-30b-a3b", model, num_layers=settings.layers)
     demands = [[visit.experts for visit in step] for step in steps]
     top_k = min(len(experts) for step in demands for experts in step)
     # From the second time on nothing is asked for that was not there before.

@@ -179,7 +179,10 @@ def slot_plan(settings: Settings) -> Iterator[Row]:
 
     model = widened_demo(settings)
     windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
-    share = shares_of(model, (settings.plan_share,))[0]
+    spec = load_model(model).spec
+    # The same slots for both: equal ones are rounded down.
+    number = int(shares_of(model, (settings.plan_share,))[0] / 100 * spec.num_experts)
+    share = 100 * number / spec.num_experts + 1e-6
     trace = settings.output / "slot_plan.trace.jsonl.gz"
     text = (resolve_model("demo") / "calibration.txt").read_text()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from foreload.bench.measure import judge
 from foreload.bench.quality import pool_quality
 from foreload.bench.workload import Workload, make_workloads
 from foreload.model.hf import load_model, load_tokenizer
-from gpu.common import DEVICE, broken, compare
+from gpu.common import DEVICE, compare, failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ class Comparison:
     def __init__(self, contenders: Sequence[Contender]) -> None:
         self.contenders = contenders
         self.trials: dict[str, dict[int, Trial]] = {each.name: {} for each in contenders}
-        self.errors: dict[str, Exception] = {}
+        self.errors: dict[str, str] = {}
         self.bandwidths: list[float] = []
 
     def compute_s(self, trial: int) -> float | None:
@@ -125,7 +126,7 @@ class Comparison:
 
     def _row(self, row: Row, contender: Contender) -> Row:
         if contender.name in self.errors:
-            return broken(row, self.errors[contender.name])
+            return failed(row, self.errors[contender.name])
         trials = list(self.trials[contender.name].values())
         samples = [trial.sample for trial in trials]
         row |= {
@@ -173,7 +174,7 @@ def run_trials(settings: Settings, contenders: Sequence[Contender], texts: Texts
                 # Captures, and whatever else is slow once.
                 runs[each.name](_shortened(texts.windows[0], settings.num_warm))
             except Exception as error:
-                found.errors[each.name] = error
+                found.errors[each.name] = _note(error)
         for number, (window, wanted) in enumerate(zip(*texts, strict=True)):
             found.bandwidths.append(copy_bandwidth(settings.link_bytes))
             turn = number % len(contenders)
@@ -186,8 +187,14 @@ def run_trials(settings: Settings, contenders: Sequence[Contender], texts: Texts
                     trial = _judge(each, outcome, text, wanted, number)
                     found.trials[each.name][number] = trial
                 except Exception as error:
-                    found.errors[each.name] = error
+                    found.errors[each.name] = _note(error)
     return found
+
+
+def _note(error: Exception) -> str:
+    """Prints an error and gives its text: it would keep what every frame it came through held."""
+    traceback.print_exception(error)
+    return repr(error)
 
 
 def copy_bandwidth(num_bytes: int) -> float:

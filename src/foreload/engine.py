@@ -25,11 +25,12 @@ from foreload.decode.chunks import Transcript, join_chunks
 from foreload.decode.clock import RequestClock
 from foreload.decode.loop import decode
 from foreload.decode.prompt import encode_prompt
-from foreload.errors import ConfigError, ForeloadError, UnsupportedModelError
+from foreload.errors import CapacityError, ConfigError, ForeloadError, UnsupportedModelError
 from foreload.memory.cuda import find_device
 from foreload.memory.disk import DiskBackend
 from foreload.metrics import Metrics, Timeline
 from foreload.model.device_path import DevicePath
+from foreload.model.graph import forward_all
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.host_path import HostPath
 from foreload.model.kv_cache import make_kv_cache, rewind
@@ -156,6 +157,15 @@ class Engine:
                     link=link,
                     draft_progress=draft_progress,
                 )
+        except torch.OutOfMemoryError as error:
+            self.close()
+            raise CapacityError(
+                f"the device ran out of memory while the engine was opened ({error})",
+                needed_bytes=int(config.expert_memory) + loaded.spec.dense_bytes,
+                available_bytes=0,
+                setting="expert_memory",
+                hint="set expert_memory to less",
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -391,14 +401,6 @@ class Engine:
             logits: Tensor = output.logits[0, -1].cpu()
             return logits
 
-    def forward_all(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
-        """Run the model on new tokens (1, T); give the logits behind each of them (T, V)."""
-        with torch.inference_mode():
-            ids = token_ids.to(self.model.device)
-            output = self.model(input_ids=ids, past_key_values=kv_cache, use_cache=True)
-            logits: Tensor = output.logits[0]
-            return logits
-
     def make_request_cache(self) -> Any:
         """Make a KV cache for `drafter`'s rounds: one that can forget its last tokens."""
         cache = self.make_cache()
@@ -451,7 +453,7 @@ class Engine:
             config,
             device,
             sum_rules=sum_rules,
-            forward=self.forward_all,
+            forward=functools.partial(forward_all, self.model),
             metrics=self.metrics,
             timeline=self.timeline,
             predictor=predictor,
@@ -486,7 +488,7 @@ class Engine:
             device,
             slots=device_slots(config, loaded),
             sum_rules=sum_rules,
-            forward=self.forward_all,
+            forward=functools.partial(forward_all, self.model),
             metrics=self.metrics,
             policy=policy,
             predictor=predictor,

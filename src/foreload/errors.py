@@ -66,21 +66,28 @@ class UnsupportedModelError(ForeloadError):
 
 
 class CapacityError(ForeloadError):
-    """Report a memory budget too small for what must fit in it.
+    """Report a memory too small for what must fit in it.
 
     Args:
         message: What did not fit.
         needed_bytes: The least that would do.
         available_bytes: What was given.
         setting: The setting to change.
+        hint: What to do; by default to raise the setting to what is needed.
     """
 
     def __init__(
-        self, message: str, *, needed_bytes: int, available_bytes: int, setting: str
+        self,
+        message: str,
+        *,
+        needed_bytes: int,
+        available_bytes: int,
+        setting: str,
+        hint: str | None = None,
     ) -> None:
         super().__init__(
             f"{message}: {needed_bytes:,} bytes needed, {available_bytes:,} available",
-            hint=f"set {setting} to at least {needed_bytes:,} bytes",
+            hint=hint or f"set {setting} to at least {needed_bytes:,} bytes",
         )
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes

@@ -178,6 +178,7 @@ def _resolve_host(
                 needed_bytes=budget,
                 available_bytes=available,
                 setting="expert_memory",
+                hint=_at_most("expert_memory", available),
             )
     is_optional = config.draft == "auto" and draft != "none"
     if is_optional and not _draft_fits(config, loaded, draft, budget, drafted, least):
@@ -231,6 +232,7 @@ def _resolve_staged(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
             needed_bytes=max(host, size),
             available_bytes=min(host, available),
             setting="host_memory",
+            hint=None if host < size else _at_most("host_memory", available),
         )
     # As where the device decides: drafts are made when an engine is opened.
     draft = "none" if config.draft == "auto" else config.draft
@@ -285,6 +287,9 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
             needed_bytes=whole,
             available_bytes=max(host, 0),
             setting="host_memory",
+            hint=None
+            if whole <= available
+            else "use orchestration='host': experts come from disk as well then",
         )
     # Two buffers that long inputs stream their experts through.
     streamed = 2 * stream_blocks(spec.num_experts, size) * size
@@ -362,8 +367,13 @@ def _device_budget(
             needed_bytes=budget,
             available_bytes=max(room, 0),
             setting="expert_memory",
+            hint=_at_most("expert_memory", room),
         )
     return budget
+
+
+def _at_most(setting: str, num_bytes: int) -> str:
+    return f"set {setting} to 'auto', or to {max(num_bytes, 0):,} bytes at most"
 
 
 def _draft_fits(

@@ -71,7 +71,8 @@ def run(
     build = tmp_path / "build"
     for name in ("demo-x8", "qwen3-30b-a3b-2"):
         zoo.save_small(build / name)
-        tokenizer.save_pretrained(build / name)
+    # Random weights have no tokenizer.
+    tokenizer.save_pretrained(build / "demo-x8")
     for name in ("held_out", "calibration"):
         (build / "demo-x8" / f"{name}.txt").write_text("the cat sat on the mat " * 4)
     monkeypatch.setattr(source, "resolve_model", lambda name: build / "demo-x8")
@@ -131,6 +132,20 @@ def test_a_stage_runs_to_its_end(
         assert machine.num_launches > 0
     assert rows
     assert [row["error"] for row in rows if "error" in row] == []
+    if stage == "slot_plan":
+        arms = [row for row in rows if row.get("arm") in ("equal", "planned")]
+        slots = [counted["num_slots"] for row in arms for counted in row["counted"]]
+        assert len(slots) == 2
+        assert len(set(slots)) == 1, "the plan must not be given more of them"
+
+
+def test_a_trace_that_is_not_there_ends_before_a_checkpoint_is_made(
+    run: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
+        rows = run("replay", "--trace", str(tmp_path / "nowhere.csv"), "--layers", "3")
+    assert "nowhere.csv" in rows[0]["error"]
+    assert not (tmp_path / "build" / "qwen3-30b-a3b-3").exists()
 
 
 def test_what_breaks_is_kept_and_told(

@@ -44,11 +44,23 @@ def test_what_the_driver_answers_decides(monkeypatch: pytest.MonkeyPatch) -> Non
         cudaHostUnregister=lambda address: answers[address],
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    blamed: list[str] = []
+
+    def launch(size: int, *, device: str) -> None:
+        blamed.append(device)
+        raise RuntimeError("CUDA error: 712")
+
+    monkeypatch.setattr(torch, "zeros", launch)
     cuda.page_lock(1, 4096)
     cuda.page_unlock(1)
-    with pytest.raises(CapacityError, match="712"):
+    assert not blamed
+    with pytest.raises(CapacityError, match="712") as caught:
         cuda.page_lock(2, 4096)
+    assert "ulimit" in str(caught.value.hint)
+    # CUDA blames a refusal on whatever is launched next: that is nothing that matters.
+    assert blamed == ["cuda"]
     cuda.page_unlock(2)
+    assert blamed == ["cuda", "cuda"]
 
 
 def test_free_memory_includes_torchs_reserve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -128,3 +129,17 @@ def test_copies_run_one_chunk_ahead_and_behind_what_reads_their_buffer() -> None
 def test_no_block_is_too_few() -> None:
     with pytest.raises(ValueError, match="one at least"):
         ExpertStream(torch.zeros((1, 1, 1), dtype=torch.uint8), CPU, chunk_blocks=0)
+
+
+def test_released_it_holds_neither_buffers_nor_host_memory() -> None:
+    host = random_host()
+    held = weakref.ref(host)
+    stream = ExpertStream(host, CPU, chunk_blocks=2)
+    num_unused = stream.num_unused
+    list(stream.bring(0, [0, 1], then=(1, [0])))
+    del host
+    for _ in range(2):
+        stream.release()
+        assert held() is None
+        assert stream.num_bytes == 0
+    assert stream.num_unused == num_unused

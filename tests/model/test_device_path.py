@@ -150,9 +150,10 @@ def test_host_memory_stays_until_the_device_has_nothing_left_to_copy(
         done.append("released")
         own_release(self)
 
-    engine = open_device(tiny_checkpoint)
     monkeypatch.setattr(HostArena, "release", release)
     monkeypatch.setattr(cuda, "wait_idle", lambda device: done.append(str(device)))
+    engine = open_device(tiny_checkpoint)
+    done.clear()
     engine.close()
     assert done[:2] == ["cpu", "released"]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from foreload.errors import ShapeError
+from foreload.errors import ForeloadError, ShapeError
 from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
 from foreload.ops.device_layout import (
     ExpertLayout,
@@ -225,6 +226,20 @@ def test_slots_are_divided_anew_and_empty() -> None:
         assert device.read_counters() == [Counters(0, 2, 0, 0)] * 2
         device.tables.check()
         assert device.num_bytes == num_bytes
+
+
+def test_released_it_holds_neither_slots_nor_host_memory() -> None:
+    experts = KINDS["gated"]
+    device = make(experts)
+    device.run(0, experts, rows(1), route([[0, 1]]))
+    num_bytes, held = device.num_bytes, weakref.ref(device.memory(0).host._base)
+    for _ in range(2):
+        device.release()
+        assert held() is None
+        assert not device._slots.numel()
+    assert device.num_bytes == num_bytes
+    with pytest.raises(ForeloadError, match="closed"):
+        device.run(0, experts, rows(1), route([[0, 1]]))
 
 
 def test_slots_that_are_not_there_cannot_be_given() -> None:

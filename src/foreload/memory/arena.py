@@ -102,6 +102,7 @@ class SlotArena:
                 needed_bytes=num_slots * slot_bytes,
                 available_bytes=0,
                 setting="expert_memory",
+                hint="set expert_memory to less",
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             # Fewer pages for direct reads to pin: 6 instead of 3,072 for a 12 MB expert. Kernels

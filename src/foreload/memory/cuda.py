@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -97,11 +97,14 @@ def page_lock(address: int, num_bytes: int) -> None:
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = int(runtime.cudaHostRegister(address, num_bytes, _REGISTER_FLAGS))
     if code != 0:
+        _clear_error()
         raise CapacityError(
             f"the driver refused to lock host memory for the experts (error {code})",
             needed_bytes=num_bytes,
             available_bytes=0,
             setting="host_memory",
+            hint="use orchestration='host' with less host_memory, or raise what may be locked "
+            "(ulimit -l)",
         )
 
 
@@ -110,7 +113,14 @@ def page_unlock(address: int) -> None:
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = int(runtime.cudaHostUnregister(address))
     if code != 0:
+        _clear_error()
         logger.warning("the driver refused to unlock host memory (error %d)", code)
+
+
+def _clear_error() -> None:
+    """Take back the error that CUDA keeps of a refusal: the next kernel would be blamed for it."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def cpus_near(device: torch.device, *, root: Path = Path("/sys")) -> set[int] | None:

@@ -44,6 +44,7 @@ class DeviceSlots:
                 needed_bytes=num_slots * slot_bytes,
                 available_bytes=0,
                 setting="expert_memory",
+                hint="set expert_memory to less",
             ) from error
         self._streams = cuda.CopyStreams(device)
         # By slot: what was asked to read it before it was given away. Written by the compute

@@ -98,6 +98,15 @@ class ExpertStream:
             travels.append(self._begin(*todo.popleft()))
         return self._arrivals(layer, travels, todo)
 
+    def release(self) -> None:
+        """Let go of the buffers and of host memory; nothing can be brought afterwards.
+
+        The device must have nothing left to do with either.
+        """
+        self._host = self._host.new_empty((0, 0, self._host.shape[2]))
+        self._buffers = self._buffers.new_empty((2, 0, self._host.shape[2]))
+        self._ahead = None
+
     def _arrivals(
         self, layer: int, travels: deque[_Travel], todo: deque[tuple[int, list[int]]]
     ) -> Iterator[Chunk]:

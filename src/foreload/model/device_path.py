@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from foreload.errors import ForeloadError, UnsupportedModelError
@@ -123,11 +123,11 @@ class DevicePath:
         size = block_bytes(layouts)
         self._spec = spec
         self._num_requests = 0
-        self._host = HostArena(spec.num_moe_layers, spec.num_experts, size, limit_bytes=limit_bytes)
-        self._device = device
         self._steps: StepGraphs | None = None
         self.drafter: DeviceSelfDraft | None = None
-        try:
+        self._host = HostArena(spec.num_moe_layers, spec.num_experts, size, limit_bytes=limit_bytes)
+        with ExitStack() as held:
+            held.callback(self._host.release)
             self._host.fill(
                 loaded.plans,
                 lambda layer, weights, block: pack_expert(layouts[layer], weights, block),
@@ -147,33 +147,41 @@ class DevicePath:
                 kernels=kernels,
                 max_prefetches=spec.top_k,
             )
+            held.callback(self._experts.release)
+            # Two buffers that long inputs stream their experts through.
+            chunk = stream_blocks(spec.num_experts, size)
+            stream = ExpertStream(self._host.blocks, device, chunk_blocks=chunk)
+            held.callback(stream.release)
+            # Where a forward was broken off a copy may still be on its way.
+            held.callback(cuda.wait_idle, device)
             self.slots, self._num_slots = tuple(slots), sum(slots)
             rules = [site.scores for site in loaded.sites]
             self.policy = DevicePolicy(policy, device, rules, choose=_make_choice(device))
+            grouped = _make_grouped_kernels(device)
             self.runtime = DeviceRuntime(
                 self._experts,
-                self._make_prefill(device, size, metrics),
+                DevicePrefill(self._experts, stream, grouped, block_bytes=size, metrics=metrics),
                 block_bytes=size,
                 metrics=metrics,
                 device=device,
                 policy=self.policy,
                 predictor=predictor,
             )
-            if not is_static:
+            if is_static:
+                self._steps = StepGraphs(
+                    forward,
+                    functools.partial(make_static_cache, loaded.model),
+                    device,
+                    is_captured=device.type == "cuda",
+                    most_positions=loaded.generation.max_positions,
+                    on_broken=self.runtime.abandon,
+                )
+            else:
                 logger.warning(
                     "%s keeps more than keys and values between tokens: its steps are not captured",
                     spec.architecture,
                 )
-                return
-            self._steps = StepGraphs(
-                forward,
-                functools.partial(make_static_cache, loaded.model),
-                device,
-                is_captured=device.type == "cuda",
-                most_positions=loaded.generation.max_positions,
-                on_broken=self.runtime.abandon,
-            )
-            if draft != "none":
+            if self._steps is not None and draft != "none":
                 self.drafter = self._make_drafter(
                     loaded,
                     self._steps,
@@ -185,9 +193,8 @@ class DevicePath:
                     kernels=kernels,
                     progress=draft_progress,
                 )
-        except BaseException:
-            self.release()
-            raise
+            # From here on `release` lets go, the host tier last.
+            self._held = held.pop_all()
 
     @property
     def num_bytes(self) -> int:
@@ -234,16 +241,9 @@ class DevicePath:
         """Let go of steps and memory; may be called twice."""
         if self._steps is not None:
             self._steps.release()
-        # Where a forward was broken off a copy may still be on its way.
-        cuda.wait_idle(self._device)
-        self._host.release()
-
-    def _make_prefill(self, device: torch.device, size: int, metrics: Metrics) -> DevicePrefill:
-        """Make what runs long inputs."""
-        host = self._host.blocks
-        stream = ExpertStream(host, device, chunk_blocks=stream_blocks(host.shape[1], size))
-        kernels = _make_grouped_kernels(device)
-        return DevicePrefill(self._experts, stream, kernels, block_bytes=size, metrics=metrics)
+        # Between two layers of whoever is still running.
+        with self.runtime.lock:
+            self._held.close()
 
     def _make_drafter(
         self,

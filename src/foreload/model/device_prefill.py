@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from foreload.ops.grouped import Chunk, SortedPairs, sort_pairs
+from foreload.trace.layer_slots import RECENT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
     from foreload.types import Routing
 
 __all__ = ["DevicePrefill"]
-
-_RECENT_TOKENS = 32
-"""Last tokens of an input, whose experts come before others where slots are empty. On two real
-traces, 38 slots for 128 experts, a prompt of 92 tokens: in the 16 tokens behind it 1.67 and 1.99
-misses per layer and token where only the last token's experts stay, 0.67 and 0.87 with those that
-the whole prompt wants most, 0.45 and 0.82 with those of its last 32 tokens; November 2026."""
 
 _AHEAD_SHARE = 0.9
 """Share of a layer's experts from which on the next layer is taken to want all of its own."""
@@ -118,7 +113,7 @@ class DevicePrefill:
         tables = self._experts.tables
         num_experts = len(starts) - 1
         following = min(layer + 1, len(tables.num_slots) - 1)
-        last = index[-_RECENT_TOKENS:].flatten().clamp(max=num_experts)
+        last = index[-RECENT_TOKENS:].flatten().clamp(max=num_experts)
         recent = torch.zeros_like(starts).index_add_(0, last, torch.ones_like(last))
         asked = (starts, recent, tables.slot_of[layer], tables.slot_of[following])
         told = iter(torch.cat(asked).tolist())

@@ -28,13 +28,22 @@ if TYPE_CHECKING:
 
     ForwardAll = Callable[[Tensor, Any], Tensor]
 
-__all__ = ["GraphPool", "StepGraph", "StepGraphs"]
+__all__ = ["GraphPool", "StepGraph", "StepGraphs", "forward_all"]
 
 logger = logging.getLogger(__name__)
 
 _LEAST_POSITIONS = 256
 
 _make_tensor = torch.tensor
+
+
+def forward_all(model: Any, token_ids: Tensor, kv_cache: Any) -> Tensor:
+    """Run a transformers model on new tokens (1, T); give the logits behind each of them (T, V)."""
+    with torch.inference_mode():
+        ids = token_ids.to(model.device)
+        output = model(input_ids=ids, past_key_values=kv_cache, use_cache=True)
+        logits: Tensor = output.logits[0]
+        return logits
 
 
 class FilledNumbers(TorchFunctionMode):
@@ -61,11 +70,14 @@ class GraphPool:
     Graphs may share memory, in whatever order they are replayed, where no two run at once and none
     reads what another has left there. Replays follow each other on one stream, and a step's outputs
     are copied out. Each replay overwrites what the others have left in the pool.
+
+    Attributes:
+        lock: Held while a step is captured or launched: none is when it is closed.
     """
 
     def __init__(self) -> None:
         self._stream: Any = None
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         # A pool ends with its last graph, and its name must not be used again then.
         self._steps: weakref.WeakSet[StepGraph] = weakref.WeakSet()
 
@@ -90,7 +102,7 @@ class GraphPool:
             RuntimeError: Something in it cannot be captured.
         """
         # Only one at a time can be under way.
-        with self._lock:
+        with self.lock:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
                 graph, pool=self._handle(), stream=self._stream, capture_error_mode="thread_local"
@@ -165,9 +177,9 @@ class StepGraph:
         Cost:
             One launch, where the step is captured; the host does not wait.
         """
-        if self._is_closed:
-            raise ForeloadError("the engine is closed", hint="open a new one")
-        with torch.inference_mode(), on_device(self._token_ids.device):
+        with self._pool.lock, torch.inference_mode(), on_device(self._token_ids.device):
+            if self._is_closed:
+                raise ForeloadError("the engine is closed", hint="open a new one")
             # From page-locked memory, which torch does not use again before it was read.
             is_locked = self._token_ids.is_cuda
             given = torch.tensor([list(token_ids)], pin_memory=is_locked)
@@ -244,10 +256,11 @@ class StepGraph:
 
     def close(self) -> None:
         """Let go of the captured step, which reads memory that is about to go."""
-        self._is_closed = True
-        self.graph = self._outputs = None
-        for step in self._beside.values():
-            step.close()
+        with self._pool.lock:
+            self._is_closed = True
+            self.graph = self._outputs = None
+            for step in self._beside.values():
+                step.close()
 
     def _step(self) -> tuple[Tensor, Tensor]:
         with FilledNumbers():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from foreload.errors import ShapeError
+from foreload.errors import ForeloadError, ShapeError
 from foreload.ops.device_layout import unpack_expert
 from foreload.ops.device_tables import ABSENT, assign_prefetch, assign_slots, make_tables
 from foreload.ops.grouped import send_numbers
@@ -157,6 +157,7 @@ class DeviceExperts:
         max_prefetches: Most experts that one `prefetch` brings.
 
     Attributes:
+        num_bytes: Bytes of all slots.
         tables: Who is in which slot; `tables.read_counters()` tells hits and misses.
 
     Raises:
@@ -191,6 +192,7 @@ class DeviceExperts:
         self._kernels: ExpertKernels = kernels or TwinKernels()
         self._max_prefetches = max_prefetches
         self._slots = torch.empty((sum(num_slots), host.shape[2]), dtype=torch.uint8, device=device)
+        self.num_bytes = self._slots.numel()
         address = host.data_ptr() if host_address is None else host_address
         self._layers = list(
             zip(
@@ -202,11 +204,6 @@ class DeviceExperts:
             )
         )
         self.divide(num_slots)
-
-    @property
-    def num_bytes(self) -> int:
-        """Give the bytes of all slots."""
-        return self._slots.numel()
 
     def divide(self, num_slots: Sequence[int]) -> None:
         """Divide the slots anew over the layers, all of them empty and nothing counted.
@@ -258,7 +255,7 @@ class DeviceExperts:
         work = self._kernels.assign_slots(
             self.tables, layer, routing.top_k_index, num_experts=experts.num_experts
         )
-        return self._kernels.forward(self._memory[layer], work, experts, hidden_states, routing)
+        return self._kernels.forward(self.memory(layer), work, experts, hidden_states, routing)
 
     def prefetch(self, layer: int, predicted_index: Tensor, *, most: int | None = None) -> None:
         """Bring experts that the next visit of a layer is expected to want.
@@ -278,10 +275,16 @@ class DeviceExperts:
             predicted_index,
             max_fetches=self._max_prefetches if most is None else most,
         )
-        self._kernels.fetch(self._memory[layer], work)
+        self._kernels.fetch(self.memory(layer), work)
 
     def memory(self, layer: int) -> LayerMemory:
-        """Give where a layer's experts are; who is in which slot is said by `tables`."""
+        """Give where a layer's experts are; who is in which slot is said by `tables`.
+
+        Raises:
+            ForeloadError: The memory was released.
+        """
+        if not self._memory:
+            raise ForeloadError("the expert memory is closed", hint="open a new engine")
         return self._memory[layer]
 
     def visit(self, layer: int, last_index: Tensor, is_wanted: Tensor, *, num_experts: int) -> None:
@@ -300,7 +303,7 @@ class DeviceExperts:
         """
         tables = self.tables
         work = self._kernels.assign_slots(tables, layer, last_index, num_experts=num_experts)
-        self._kernels.fetch(self._memory[layer], work)
+        self._kernels.fetch(self.memory(layer), work)
         others = torch.zeros_like(tables.slot_of[layer], dtype=torch.bool)
         others[:num_experts] = is_wanted
         last = torch.arange(len(others), device=others.device)[:, None] == last_index
@@ -323,7 +326,7 @@ class DeviceExperts:
         """
         place_of = dict(zip(chunk.experts, chunk.places, strict=True))
         for expert, slot in slots.items():
-            self._memory[layer].slots[slot].copy_(chunk.blocks[place_of[expert]])
+            self.memory(layer).slots[slot].copy_(chunk.blocks[place_of[expert]])
         numbers = send_numbers([list(slots), list(slots.values())], self._slots.device)
         # Only now: whoever is said to be in a slot is there.
         self.tables.slot_of[layer].index_copy_(0, numbers[0], numbers[1].int())
@@ -333,6 +336,14 @@ class DeviceExperts:
     def read_counters(self) -> list[Counters]:
         """Read hits, misses and prefetches of every layer; waits for the device."""
         return self.tables.read_counters()
+
+    def release(self) -> None:
+        """Let go of slots and host memory; nothing can run afterwards. May be called twice.
+
+        The device must have nothing left to do with either.
+        """
+        self._slots = self._slots.new_empty((0, self._slots.shape[1]))
+        self._layers, self._memory = [], []
 
 
 class ResidentExperts:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from foreload.types import ModelSpec
 
 __all__ = [
+    "RECENT_TOKENS",
     "SlotPlanGain",
     "check_trace",
     "miss_curves",
@@ -35,8 +36,11 @@ __all__ = [
     "slot_plan_gain",
 ]
 
-_RECENT_TOKENS = 64
-"""Last tokens of a prompt, whose experts come before others where slots are empty."""
+RECENT_TOKENS = 32
+"""Last tokens of a prompt, whose experts come before others where slots are empty. On two real
+traces, 38 slots for 128 experts, a prompt of 92 tokens: in the 16 tokens behind it 1.67 and 1.99
+misses per layer and token where only the last token's experts stay, 0.67 and 0.87 with those that
+the whole prompt wants most, 0.45 and 0.82 with those of its last 32 tokens; November 2026."""
 
 _NEVER = np.iinfo(np.int64).min
 
@@ -243,7 +247,7 @@ def _left_by(visit: LayerVisit, num_experts: int) -> tuple[list[int], list[int]]
     if not visit.routing:
         return list(visit.experts), []
     last = [expert for expert in visit.routing[-1] if expert < num_experts]
-    recent = Counter(expert for row in visit.routing[-_RECENT_TOKENS:] for expert in row)
+    recent = Counter(expert for row in visit.routing[-RECENT_TOKENS:] for expert in row)
     counts = dict(zip(visit.experts, visit.counts, strict=True))
     others = sorted(set(visit.experts) - set(last), key=lambda e: (-recent[e], -counts[e], e))
     return last, others
