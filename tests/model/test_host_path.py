@@ -59,7 +59,7 @@ def test_on_a_device_slots_are_given_once(tiny_checkpoint: Path, tmp_path: Path)
         expert_memory="90%",
         draft="int4",
         cache_dir=tmp_path,
-        host_tier=lambda size: HostTier(4 * size, size),
+        host_tier=lambda size: HostTier(64 * size, size),
     ) as engine:
         with pytest.raises(ConfigError, match="cannot be given to experts"):
             path_of(engine).drop_draft()
