@@ -82,8 +82,13 @@ def attempt(row: Row, measure: Callable[[], Row]) -> Row:
 
 def broken(row: Row, error: Exception) -> Row:
     """Gives a row with what broke."""
+    return failed(row, note(error))
+
+
+def note(error: Exception) -> str:
+    """Prints an error and gives its text: it would keep what every frame it came through held."""
     traceback.print_exception(error)
-    return failed(row, repr(error))
+    return repr(error)
 
 
 def failed(row: Row, error: str) -> Row:

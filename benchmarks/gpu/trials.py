@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import traceback
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,7 @@ from foreload.bench.measure import judge
 from foreload.bench.quality import pool_quality
 from foreload.bench.workload import Workload, make_workloads
 from foreload.model.hf import load_model, load_tokenizer
-from gpu.common import DEVICE, compare, failed
+from gpu.common import DEVICE, compare, failed, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -174,7 +173,7 @@ def run_trials(settings: Settings, contenders: Sequence[Contender], texts: Texts
                 # Captures, and whatever else is slow once.
                 runs[each.name](_shortened(texts.windows[0], settings.num_warm))
             except Exception as error:
-                found.errors[each.name] = _note(error)
+                found.errors[each.name] = note(error)
         for number, (window, wanted) in enumerate(zip(*texts, strict=True)):
             found.bandwidths.append(copy_bandwidth(settings.link_bytes))
             turn = number % len(contenders)
@@ -187,14 +186,8 @@ def run_trials(settings: Settings, contenders: Sequence[Contender], texts: Texts
                     trial = _judge(each, outcome, text, wanted, number)
                     found.trials[each.name][number] = trial
                 except Exception as error:
-                    found.errors[each.name] = _note(error)
+                    found.errors[each.name] = note(error)
     return found
-
-
-def _note(error: Exception) -> str:
-    """Prints an error and gives its text: it would keep what every frame it came through held."""
-    traceback.print_exception(error)
-    return repr(error)
 
 
 def copy_bandwidth(num_bytes: int) -> float:

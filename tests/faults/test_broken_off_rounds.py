@@ -31,6 +31,12 @@ def open_with_draft(open_engine: Open, **settings: Any) -> Engine:
     )
 
 
+def draft_of(engine: Engine) -> Any:
+    assert engine.drafter is not None
+    assert engine.drafter.draft is not None
+    return engine.drafter.draft
+
+
 @pytest.fixture
 def wanted(open_engine: Open) -> dict[str, list[int]]:
     """What a fresh engine gives."""
@@ -57,9 +63,7 @@ def test_an_error_while_drafting(
     open_engine: Open, wanted: dict[str, list[int]], error: type[BaseException], at: int
 ) -> None:
     engine = open_with_draft(open_engine)
-    assert engine.drafter is not None
-    draft = engine.drafter.draft
-    assert draft is not None
+    draft = draft_of(engine)
     real, calls = draft.run_layer, iter(range(10**6))
 
     def run(*args: Any) -> Any:
@@ -67,10 +71,10 @@ def test_an_error_while_drafting(
             raise error
         return real(*args)
 
-    draft.run_layer = run  # type: ignore[method-assign]
+    draft.run_layer = run
     with pytest.raises(error):
         engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)
-    draft.run_layer = real  # type: ignore[method-assign]
+    draft.run_layer = real
     assert_as_fresh(engine, wanted)
 
 
@@ -124,9 +128,7 @@ def test_cancelling_inside_a_round_ends_behind_the_last_token_shown(
     open_engine: Open, wanted: dict[str, list[int]], at: int
 ) -> None:
     engine = open_with_draft(open_engine)
-    assert engine.drafter is not None
-    draft = engine.drafter.draft
-    assert draft is not None
+    draft = draft_of(engine)
     real, calls = draft.run_layer, iter(range(10**6))
 
     def run(layer: int, *args: Any) -> Any:
@@ -134,9 +136,9 @@ def test_cancelling_inside_a_round_ends_behind_the_last_token_shown(
             engine.cancel()
         return real(layer, *args)
 
-    draft.run_layer = run  # type: ignore[method-assign]
+    draft.run_layer = run
     result = engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)
-    draft.run_layer = real  # type: ignore[method-assign]
+    draft.run_layer = real
     assert result.finish_reason == "cancelled"
     assert result.token_ids == wanted["prompt"][: len(result.token_ids)]
     assert len(result.token_ids) < NUM_TOKENS
@@ -200,9 +202,7 @@ def test_a_draft_that_is_at_work_is_not_let_go_of(
     open_engine: Open, wanted: dict[str, list[int]]
 ) -> None:
     engine = open_with_draft(open_engine)
-    assert engine.drafter is not None
-    draft = engine.drafter.draft
-    assert draft is not None
+    draft = draft_of(engine)
     real = draft.run_layer
     answers: list[bool] = []
 
@@ -210,7 +210,7 @@ def test_a_draft_that_is_at_work_is_not_let_go_of(
         answers.append(finish(engine.drop_draft))
         return real(*args)
 
-    draft.run_layer = run  # type: ignore[method-assign]
+    draft.run_layer = run
     assert engine.generate(PROMPT, max_new_tokens=NUM_TOKENS).token_ids == wanted["prompt"]
     assert set(answers) == {False}
     assert engine.drop_draft()
@@ -245,15 +245,13 @@ def test_closing_while_a_token_is_drafted_says_that_the_engine_is_closed(
     open_engine: Open,
 ) -> None:
     engine = open_with_draft(open_engine)
-    assert engine.drafter is not None
-    draft = engine.drafter.draft
-    assert draft is not None
+    draft = draft_of(engine)
     real = draft.run_layer
 
     def run(*args: Any) -> Any:
         engine.close()
         return real(*args)
 
-    draft.run_layer = run  # type: ignore[method-assign]
+    draft.run_layer = run
     with pytest.raises(ForeloadError, match="engine is closed"):
         engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)
