@@ -22,7 +22,7 @@ from foreload.bench.forced import run_rounds
 from foreload.bench.workload import make_workloads
 from foreload.config import EngineConfig
 from foreload.engine import Engine
-from foreload.model.draft import build_draft, read_draft
+from foreload.model.draft_files import build_draft, read_draft
 from foreload.model.hf import load_model, load_tokenizer
 from foreload.model.source import resolve_model
 from foreload.resolution import resolve

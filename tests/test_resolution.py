@@ -26,7 +26,8 @@ from foreload.model.device_plan import (
     draft_layouts,
     kv_bytes_per_token,
 )
-from foreload.model.draft import draft_bytes, draft_folder, has_draft
+from foreload.model.draft_files import draft_folder, has_draft
+from foreload.model.draft_layout import draft_bytes
 from foreload.model.hf import load_model
 from foreload.resolution import (
     device_slots,

@@ -30,16 +30,15 @@ from foreload.model.device_plan import (
     resident_draft_bytes,
     stream_blocks,
 )
-from foreload.model.draft import (
-    DRAFT_BITS,
+from foreload.model.draft_choice import draft_pays, measure_figures
+from foreload.model.draft_files import (
     build_draft,
     check_draft,
-    draft_bytes,
     draft_folder,
     has_draft,
     read_draft,
 )
-from foreload.model.draft_choice import draft_pays, measure_figures
+from foreload.model.draft_layout import DRAFT_BITS, draft_bytes
 from foreload.model.kv_cache import can_rewind
 from foreload.model.sites import silenced_experts
 from foreload.model.slot_division import divide_slots

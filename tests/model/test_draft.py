@@ -14,16 +14,8 @@ from streaming import StreamedExperts, read_expert
 import zoo
 from foreload.errors import CheckpointError, ForeloadError, TransferError
 from foreload.memory.checkpoint import CheckpointIndex
-from foreload.model.draft import (
-    DRAFT_BITS,
-    DraftExperts,
-    build_draft,
-    draft_bytes,
-    draft_folder,
-    has_draft,
-    pack_expert,
-    read_draft,
-)
+from foreload.model.draft_files import build_draft, draft_folder, has_draft, read_draft
+from foreload.model.draft_layout import DRAFT_BITS, draft_bytes, pack_expert
 from foreload.model.hf import load_model
 from foreload.ops.cpu import draft_forward
 
@@ -33,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from foreload.model.draft import DraftExperts
     from foreload.model.hf import LoadedModel
 
 KINDS = tuple(DRAFT_BITS)

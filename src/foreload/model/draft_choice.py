@@ -19,7 +19,7 @@ from foreload.cost import accept_length, round_s, union_experts
 from foreload.memory.arena import SlotArena, slot_bytes
 from foreload.memory.disk import DiskBackend
 from foreload.memory.transfer import TransferEngine
-from foreload.model.draft import DRAFT_BITS, pack_expert
+from foreload.model.draft_layout import DRAFT_BITS, pack_expert
 from foreload.ops.cpu import draft_forward
 from foreload.ops.reference import expert_forward
 from foreload.types import ExpertKey, Priority

@@ -14,9 +14,9 @@ import torch
 
 from foreload.errors import ForeloadError
 from foreload.memory.cuda import on_device
+from foreload.memory.expert_reader import read_experts
 from foreload.model.device_path import make_kernels
 from foreload.model.device_plan import block_bytes, device_layouts, draft_layouts
-from foreload.model.draft import read_experts
 from foreload.ops.device_experts import ResidentExperts
 from foreload.ops.device_layout import pack_expert
 from foreload.types import Routing
