@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from foreload.ops.device_layout import StoredFormat
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from foreload.model.recipes import Source
 
-__all__ = ["BlockFp8", "PackedFp4", "guess_dequantiser"]
+__all__ = ["BlockFp8", "Dequantiser", "PackedFp4", "guess_dequantiser"]
 
 # rows dequantised at a time; keeps the scratch inside the caches of the processor
 ROWS_PER_STEP = 256
@@ -35,7 +37,7 @@ def guess_dequantiser(
     patterns: Sequence[str],
     shape: tuple[int, ...],
     dtype: torch.dtype,
-) -> Callable[[Sequence[Tensor]], Tensor] | None:
+) -> Dequantiser | None:
     """Guess how `sources` become one parameter, or give None.
 
     Args:
@@ -106,6 +108,27 @@ class PackedFp4:
             result[:, begin : begin + ROWS_PER_STEP] = scaled.view(len(some), columns).t()
         return result
 
+    @property
+    def stored(self) -> StoredFormat:
+        """Give the format of what `codes` gives."""
+        return StoredFormat.MXFP4
+
+    @property
+    def is_transposed(self) -> bool:
+        """Tell whether codes lie the other way round than the parameter."""
+        return True
+
+    @property
+    def scale_block(self) -> tuple[int, int]:
+        """Give the rows and columns of codes that share a scale."""
+        return 1, _FP4_BLOCK
+
+    def codes(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Give what is stored, codes (O, 16 G) and scales (O, G), both uint8."""
+        columns, rows = self.shape
+        blocks = parts[self.blocks].view(rows, columns // 2)
+        return blocks, parts[self.scales].view(rows, columns // _FP4_BLOCK)
+
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
@@ -173,11 +196,7 @@ class BlockFp8:
         result = torch.empty(self.shape, dtype=self.dtype)
         top = 0
         for matrix in self.matrices:
-            scale = parts[matrix.scale]
-            if scale.storage_offset() % matrix.scale_dtype.itemsize:
-                scale = scale.clone()
-            grid = scale.view(matrix.scale_dtype).float()
-            grid = grid.view(matrix.scale_rows, 1, matrix.scale_columns, 1)
+            grid = self._grid(matrix, parts)[:, None, :, None]
             numbers = parts[matrix.weight].int()
             whole = torch.index_select(self.values, 0, numbers).view(
                 matrix.scale_rows,
@@ -188,3 +207,41 @@ class BlockFp8:
             result[top : top + matrix.rows] = whole.mul_(grid).view(matrix.rows, matrix.columns)
             top += matrix.rows
         return result
+
+    @property
+    def stored(self) -> StoredFormat:
+        """Give the format of what `codes` gives."""
+        return StoredFormat.FP8
+
+    @property
+    def is_transposed(self) -> bool:
+        """Tell whether codes lie the other way round than the parameter."""
+        return False
+
+    @property
+    def scale_block(self) -> tuple[int, int]:
+        """Give the rows and columns that share a scale, of the first matrix."""
+        first = self.matrices[0]
+        return first.rows // first.scale_rows, first.columns // first.scale_columns
+
+    def codes(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Give what is stored, codes (N, K) float8 and scales (grid rows, grid columns) float32."""
+        numbers = [
+            parts[matrix.weight].view(torch.float8_e4m3fn).view(matrix.rows, matrix.columns)
+            for matrix in self.matrices
+        ]
+        return torch.cat(numbers), torch.cat(
+            [self._grid(matrix, parts) for matrix in self.matrices]
+        )
+
+    def _grid(self, matrix: _Matrix, parts: Sequence[Tensor]) -> Tensor:
+        """Give a matrix' scales as float32."""
+        scale = parts[matrix.scale]
+        # torch refuses to see bytes as wider elements from an odd offset
+        if scale.storage_offset() % matrix.scale_dtype.itemsize:
+            scale = scale.clone()
+        return scale.view(matrix.scale_dtype).float().view(matrix.scale_rows, matrix.scale_columns)
+
+
+Dequantiser = PackedFp4 | BlockFp8
+"""What makes a parameter of stored codes and scales."""

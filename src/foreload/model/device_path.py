@@ -19,6 +19,7 @@ from foreload.memory.host_arena import HostArena
 from foreload.model.device_draft import DeviceDraft, quantise_experts
 from foreload.model.device_plan import (
     block_bytes,
+    block_plans,
     device_layouts,
     draft_layouts,
     stream_blocks,
@@ -32,7 +33,7 @@ from foreload.model.kv_cache import can_be_static, make_static_cache
 from foreload.model.sites import silenced_experts
 from foreload.model.slot_division import divide_slots
 from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
-from foreload.ops.device_layout import pack_expert
+from foreload.ops.device_layout import store_expert
 from foreload.ops.grouped import TwinGrouped
 from foreload.ops.present import choose_present
 from foreload.schedule.governor import Governor
@@ -129,8 +130,8 @@ class DevicePath:
         with ExitStack() as held:
             held.callback(self._host.release)
             self._host.fill(
-                loaded.plans,
-                lambda layer, weights, block: pack_expert(layouts[layer], weights, block),
+                block_plans(loaded, layouts),
+                lambda layer, parts, block: store_expert(layouts[layer], parts, block),
                 num_workers=num_workers,
                 progress=progress,
                 cpus=cuda.cpus_near(device),

@@ -12,6 +12,7 @@ import torch
 from foreload.errors import UnsupportedModelError
 from foreload.model.kv_cache import make_kv_cache
 from foreload.model.sites import silenced_experts
+from foreload.model.stored import stored_layout, stored_plan
 from foreload.ops.device_layout import StoredFormat, expert_layout
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "block_bytes",
+    "block_plans",
     "device_layouts",
     "draft_layouts",
     "kv_bytes_per_token",
@@ -37,12 +39,20 @@ _CHUNK_BYTES = 64 << 20
 
 
 def device_layouts(loaded: LoadedModel) -> list[ExpertLayout]:
-    """Lay out the experts of every MoE layer, as they are read from the checkpoint.
+    """Lay out the experts of every MoE layer: block-FP8 and MXFP4 ones as they are stored.
 
     Raises:
         UnsupportedModelError: A layer's experts are not alike, or cannot be laid out.
     """
     return [_layout(site, plans) for site, plans in zip(loaded.sites, loaded.plans, strict=True)]
+
+
+def block_plans(loaded: LoadedModel, layouts: list[ExpertLayout]) -> list[list[ExpertPlan]]:
+    """Plan to read every expert as its layout, one of `device_layouts`, wants it."""
+    return [
+        plans if layout.first.stored.is_plain else [stored_plan(layout, plan) for plan in plans]
+        for plans, layout in zip(loaded.plans, layouts, strict=True)
+    ]
 
 
 def draft_layouts(
@@ -134,6 +144,9 @@ def _layout(site: MoeSite, plans: list[ExpertPlan]) -> ExpertLayout:
             f"the experts of {site.name} are not alike: a device cannot manage their slots",
             hint="use orchestration='host'",
         )
+    layout = stored_layout(site.experts, plans)
+    if layout is not None:
+        return layout
     (dtype,) = matrices
     try:
         stored = StoredFormat(dtype)

@@ -23,8 +23,9 @@ from foreload.errors import CheckpointError, UnsupportedModelError
 from foreload.model.dequantise import guess_dequantiser
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from foreload.model.dequantise import Dequantiser
     from foreload.types import ExpertTensor
 
 __all__ = ["ConvertExpert", "Piece", "Recipe", "Source", "derive_recipe", "torch_dtype"]
@@ -118,7 +119,7 @@ class Recipe:
     pieces: tuple[Piece, ...] | None
     operations: tuple[Any, ...] = ()
     context: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    shortcut: Callable[[Sequence[Tensor]], Tensor] | None = None
+    shortcut: Dequantiser | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -163,15 +164,19 @@ class ConvertExpert:
 
     def __call__(self, spans: list[Any]) -> Mapping[str, Any]:
         """Make the parameters; they may be views of `spans`."""
-        result = {}
         with torch.no_grad():
-            for tensor, recipe, places in zip(self.tensors, self.recipes, self.places, strict=True):
-                parts = [
-                    spans[span][start : start + source.num_bytes]
-                    for (span, start), source in zip(places, recipe.sources, strict=True)
-                ]
-                result[tensor.name] = recipe.build(parts)
-        return result
+            return {
+                tensor.name: recipe.build(parts) for tensor, recipe, parts in self.stored(spans)
+            }
+
+    def stored(self, spans: list[Any]) -> Iterator[tuple[ExpertTensor, Recipe, list[Any]]]:
+        """Give each parameter with its recipe and the bytes its sources have in `spans`."""
+        for tensor, recipe, places in zip(self.tensors, self.recipes, self.places, strict=True):
+            parts = [
+                spans[span][start : start + source.num_bytes]
+                for (span, start), source in zip(places, recipe.sources, strict=True)
+            ]
+            yield tensor, recipe, parts
 
 
 def derive_recipe(

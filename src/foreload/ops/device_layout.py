@@ -27,6 +27,7 @@ __all__ = [
     "StoredFormat",
     "expert_layout",
     "pack_expert",
+    "store_expert",
     "stored_parts",
     "unpack_expert",
 ]
@@ -46,7 +47,7 @@ class StoredFormat(Enum):
     """How the elements of a matrix are stored.
 
     The quantised ones are stored row by row of outputs, whatever the module wants: INT8 and INT4
-    with a bfloat16 scale per group of columns, FP8 with a float32 scale per square of 128, MXFP4
+    with a bfloat16 scale per group of columns, FP8 with a float32 scale per block, MXFP4
     with a power of two per 32 columns. Two 4-bit codes share a byte, the even column low.
     """
 
@@ -172,6 +173,7 @@ def expert_layout(
     *,
     dtype: torch.dtype,
     group: int | None = None,
+    scale_block: tuple[int, int] = (_FP8_BLOCK, _FP8_BLOCK),
 ) -> ExpertLayout:
     """Lay one expert out.
 
@@ -182,6 +184,7 @@ def expert_layout(
         dtype: Element type that experts compute in; of plain matrices it must be the stored one.
         group: Columns that share a scale, for INT8 and INT4, half as many where that is a whole row
             of INT4; by default the largest of 128, 64 and 32 that divides the columns.
+        scale_block: Rows and columns that share a scale, for FP8.
 
     Raises:
         UnsupportedModelError: The expert cannot be laid out so.
@@ -218,7 +221,7 @@ def expert_layout(
         (first_name, (rows, hidden), num_parts),
         ("down_proj", (hidden, intermediate), 1),
     ):
-        matrix = _matrix_layout(name, shape, stored, is_transposed, parts, group)
+        matrix = _matrix_layout(name, shape, stored, is_transposed, parts, group, scale_block)
         offset, at = at, at + _padded(math.prod(matrix.code_shape) * stored.code_dtype.itemsize)
         matrix = replace(matrix, offset=offset)
         if stored.scale_dtype is not None:
@@ -266,6 +269,18 @@ def stored_parts(layout: ExpertLayout, block: Tensor) -> dict[str, Tensor]:
                 block, matrix.bias_offset, layout.dtype, (matrix.num_rows,)
             )
     return parts
+
+
+def store_expert(layout: ExpertLayout, parts: Mapping[str, Tensor], block: Tensor) -> None:
+    """Write an expert to its block as it is stored, element by element.
+
+    Args:
+        layout: Its layout.
+        parts: What `stored_parts` names, in the same shapes.
+        block: (`layout.num_bytes`,) uint8.
+    """
+    for name, place in stored_parts(layout, block).items():
+        place.copy_(parts[name])
 
 
 def pack_expert(
@@ -327,13 +342,21 @@ def _matrix_layout(
     is_transposed: bool,
     num_parts: int,
     group: int | None,
+    scale_block: tuple[int, int],
 ) -> MatrixLayout:
     rows, columns = shape
     matrix = MatrixLayout(name, rows, columns, stored, is_transposed and stored.is_plain)
     if stored.is_plain:
         return matrix
     if stored is StoredFormat.FP8:
-        return replace(matrix, num_parts=num_parts, scale_rows=_FP8_BLOCK, scale_columns=_FP8_BLOCK)
+        block_rows, block_columns = scale_block
+        if block_columns & (block_columns - 1):
+            raise UnsupportedModelError(
+                f"{name} shares scales among {block_columns} columns, which is no power of two"
+            )
+        return replace(
+            matrix, num_parts=num_parts, scale_rows=block_rows, scale_columns=block_columns
+        )
     size = _MXFP4_GROUP if stored is StoredFormat.MXFP4 else group or choose_group(columns)
     if stored is StoredFormat.INT4 and size == columns:
         # Compiled for an H200 by Triton 3.6, products of one token and such rows are wrong.
