@@ -44,6 +44,29 @@ def test_host_memory_holds_the_checkpoints_experts(tiny_checkpoint: Path, tiny_m
                 assert torch.equal(parts["down_proj"], own.down_proj[expert])
 
 
+@pytest.mark.parametrize("near", [{0}, None], ids=str)
+def test_host_memory_is_filled_by_the_processors_near_the_device(
+    tiny_checkpoint: Path, near: set[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    given: list[Any] = []
+    own_fill = HostArena.fill
+
+    def cpus_near(device: torch.device) -> set[int] | None:
+        asked.append(device)
+        return near
+
+    def fill(self: HostArena, *args: Any, cpus: Any = "not told", **kwargs: Any) -> None:
+        given.append(cpus)
+        own_fill(self, *args, **kwargs)
+
+    monkeypatch.setattr(cuda, "cpus_near", cpus_near)
+    monkeypatch.setattr(HostArena, "fill", fill)
+    with open_device(tiny_checkpoint):
+        assert asked == [torch.device("cpu")]
+        assert given == [near]
+
+
 def test_sizes_are_those_of_the_settings(tiny_checkpoint: Path) -> None:
     with open_device(tiny_checkpoint) as engine:
         assert engine.num_slots == NUM_EXPERTS // 2
