@@ -184,6 +184,15 @@ class TestEngineConfig:
             EngineConfig(num_draft_tokens=value)
         assert "draft='int4'" in str(caught.value.hint)
 
+    @pytest.mark.parametrize(("given", "kept"), [("auto", "auto"), ("4096", 4096), (2, 2)])
+    def test_context_is_a_number_or_auto(self, given: Any, kept: Any) -> None:
+        assert EngineConfig(context=given).context == kept
+
+    @pytest.mark.parametrize("value", [1, 0, -5, True, 2.5, "many", None])
+    def test_other_contexts_are_refused(self, value: Any) -> None:
+        with pytest.raises(ConfigError, match=r"context=.*'auto' or a whole number"):
+            EngineConfig(context=value)
+
     @pytest.mark.parametrize("draft", ["auto", "int4", "int8"])
     @pytest.mark.parametrize("policy", ["speculate", "speculate-when"])
     def test_a_draft_is_verified_by_the_exact_model_only(self, draft: str, policy: str) -> None:

@@ -289,8 +289,20 @@ class TestEnding:
         assert engine.spec.model_type == "qwen3_moe"
         result = engine.generate([5] * 510, max_new_tokens=50)
         assert (len(result.token_ids), result.finish_reason) == (2, "length")
-        with pytest.raises(ConfigError, match="512 tokens, the model's context is 512"):
+        with pytest.raises(ConfigError, match="512 tokens, the context is 512") as caught:
             engine.stream([5] * 512)
+        assert caught.value.hint is not None
+        assert "built for 512 tokens" in caught.value.hint
+
+    def test_the_context_can_be_set(self, open_engine: Open) -> None:
+        engine = open_engine(predictor="none", context="20")
+        assert engine.config.context == engine.max_positions == 20
+        result = engine.generate([5] * 17, max_new_tokens=50)
+        assert (len(result.token_ids), result.finish_reason) == (3, "length")
+        with pytest.raises(ConfigError, match="the context is 20") as caught:
+            engine.stream([5] * 20)
+        assert caught.value.hint is not None
+        assert "larger context" in caught.value.hint
 
 
 class TestPrompts:

@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from foreload.model.device_plan import (
     device_layouts,
     draft_layouts,
     kv_bytes_per_token,
+    workspace_bytes,
 )
 from foreload.model.draft_files import draft_folder, has_draft
 from foreload.model.draft_layout import draft_bytes
@@ -52,6 +54,11 @@ def loaded(tiny_checkpoint: Path) -> LoadedModel:
 
 def config(**settings: Any) -> EngineConfig:
     return EngineConfig(**{"expert_memory": "80%", **settings})
+
+
+def working_bytes(loaded: LoadedModel, context: int = 512) -> int:
+    """Give what a request of so many tokens takes of a device, beside weights and experts."""
+    return context * kv_bytes_per_token(loaded) + workspace_bytes(loaded, context, context)
 
 
 def test_the_draft_is_a_part_of_the_memory(loaded: LoadedModel) -> None:
@@ -215,7 +222,7 @@ class TestDevice:
     ) -> None:
         whole = 16 * self.layer_slot(loaded)
         memory = SimpleNamespace(available=whole + (1 << 30) + 4096)
-        monkeypatch.setattr(resolution.psutil, "virtual_memory", lambda: memory)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
         asked = config(device="cpu", orchestration="device", expert_memory="auto")
         with pytest.raises(CapacityError, match="one expert in each"):
             resolve(asked, loaded)
@@ -243,10 +250,30 @@ class TestDevice:
         assert (resolved.device, resolved.orchestration) == ("cuda:0", "device")
         assert resolved.expert_memory == 16 * slot
         streamed = 2 * loaded.spec.num_experts * block_bytes(device_layouts(loaded))
-        kept = loaded.spec.dense_bytes + streamed + (1 << 30)
-        kept += 512 * kv_bytes_per_token(loaded)
+        kept = loaded.spec.dense_bytes + streamed + (1 << 30) + working_bytes(loaded)
         monkeypatch.setattr(cuda, "free_bytes", lambda device: kept + 5 * slot + 1)
         assert resolve(config(expert_memory="auto"), loaded).expert_memory == 5 * slot
+
+    @pytest.mark.usefixtures("_has_cuda")
+    @pytest.mark.parametrize("orchestration", ["host", "device"])
+    def test_memory_is_kept_for_the_context_whatever_the_experts_are_given(
+        self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, orchestration: str
+    ) -> None:
+        asked = config(device="cuda", orchestration=orchestration, expert_memory="100%")
+        assert resolve(asked, loaded).context == 512, "the model's own"
+        short = asked.with_values(context=64)
+        assert resolve(short, loaded).context == 64
+        assert resolve(asked.with_values(context=4096), loaded).context == 512
+        whole = int(resolve(asked, loaded).expert_memory)
+        streamed = 2 * loaded.spec.num_experts * block_bytes(device_layouts(loaded))
+        kept = loaded.spec.dense_bytes + (1 << 30) + working_bytes(loaded, 64)
+        kept += streamed if orchestration == "device" else 0
+        monkeypatch.setattr(cuda, "free_bytes", lambda device: kept + whole)
+        assert resolve(short, loaded).expert_memory == whole
+        with pytest.raises(CapacityError, match="less free memory than expert_memory") as caught:
+            resolve(asked, loaded)
+        more = working_bytes(loaded, 512) - working_bytes(loaded, 64)
+        assert caught.value.available_bytes == max(whole - more, 0)
 
     @pytest.mark.usefixtures("_has_cuda")
     @pytest.mark.parametrize(
@@ -409,7 +436,7 @@ class TestStaged:
     ) -> None:
         size = slot_size(loaded.plans)
         memory = SimpleNamespace(available=40 * size)
-        monkeypatch.setattr(resolution.psutil, "virtual_memory", lambda: memory)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
         asked = config(device="cuda", orchestration="host")
         assert resolve(asked, loaded).host_memory == 30 * size
         assert resolve(asked.with_values(host_memory=40 * size), loaded).host_memory == 40 * size
@@ -428,7 +455,7 @@ class TestStaged:
         assert resolve(asked, loaded).expert_memory == least
         with pytest.raises(CapacityError, match="one layer's needs"):
             resolve(asked.with_values(expert_memory=least - 1), loaded)
-        kept = loaded.spec.dense_bytes + (1 << 30) + 512 * kv_bytes_per_token(loaded)
+        kept = loaded.spec.dense_bytes + (1 << 30) + working_bytes(loaded)
         size = slot_size(loaded.plans)
         monkeypatch.setattr(cuda, "free_bytes", lambda device: kept + 7 * size + 1)
         spare = asked.with_values(expert_memory="auto")

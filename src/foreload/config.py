@@ -79,6 +79,9 @@ class EngineConfig:
         device: Where the model computes: "auto", "cpu", "cuda" or "cuda:1". "auto" is a CUDA device
             where there is one that these settings run on.
         dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
+        context: Most tokens of a request, prompt and text together: a number, or "auto", what the
+            model was built for, on a CUDA device 8,192 at most. There memory is kept free for the
+            keys and values of so many.
         expert_memory: Hard ceiling of the device tier for experts: "auto", a size, or a percentage
             of all experts' bytes.
         host_memory: Ceiling of the host tier, through which experts get to a device: "auto", what
@@ -113,6 +116,7 @@ class EngineConfig:
     model: str = "demo"
     device: str = "auto"
     dtype: str = "auto"
+    context: str | int = "auto"
     expert_memory: str | int = "auto"
     host_memory: str | int = "auto"
     orchestration: str = "auto"
@@ -150,6 +154,11 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        object.__setattr__(self, "context", _whole_number(self.context))
+        if self.context != "auto" and not (_is_whole(self.context) and int(self.context) >= 2):
+            raise ConfigError(
+                f"context={self.context!r} must be 'auto' or a whole number of at least 2"
+            )
         confidence = self.confidence
         is_number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
         if not is_number or not 0 <= confidence <= 1:
@@ -167,12 +176,11 @@ class EngineConfig:
                 parse_size(getattr(self, name), whole_bytes=1 << 40, setting=name)
 
     def _check_draft(self) -> None:
-        tokens = self.num_draft_tokens
-        if isinstance(tokens, str) and tokens.isdecimal():
-            tokens = int(tokens)
-            object.__setattr__(self, "num_draft_tokens", tokens)
-        is_whole = isinstance(tokens, int) and not isinstance(tokens, bool)
-        if tokens != "auto" and not (is_whole and 0 <= int(tokens) <= self.MOST_DRAFT_TOKENS):
+        tokens = _whole_number(self.num_draft_tokens)
+        object.__setattr__(self, "num_draft_tokens", tokens)
+        if tokens != "auto" and not (
+            _is_whole(tokens) and 0 <= int(tokens) <= self.MOST_DRAFT_TOKENS
+        ):
             raise ConfigError(
                 f"num_draft_tokens={tokens!r} must be 'auto' or a whole number from 0 to "
                 f"{self.MOST_DRAFT_TOKENS}"
@@ -292,6 +300,15 @@ class SamplingConfig:
         """
         _refuse_unknown(values, cls)
         return cls(**values)
+
+
+def _whole_number(value: str | int) -> str | int:
+    """Give the number that a text of digits is; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _refuse_unknown(values: dict[str, Any], cls: type) -> None:

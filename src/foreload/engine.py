@@ -12,8 +12,9 @@ import inspect
 import logging
 import threading
 import time
+import traceback
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -26,7 +27,7 @@ from foreload.decode.clock import RequestClock
 from foreload.decode.loop import decode
 from foreload.decode.prompt import encode_prompt
 from foreload.errors import CapacityError, ConfigError, ForeloadError, UnsupportedModelError
-from foreload.memory.cuda import find_device
+from foreload.memory.cuda import find_device, is_out_of_memory, measure_shortage
 from foreload.memory.disk import DiskBackend
 from foreload.metrics import Metrics, Timeline
 from foreload.model.device_path import DevicePath
@@ -49,12 +50,13 @@ from foreload.resolution import (
     device_slots,
     prepare_draft,
     resolve,
+    slot_size,
 )
 from foreload.schedule.policy import Exact, Speculate, SpeculateWhen
 from foreload.schedule.prefetch import PrefetchSwitch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -86,6 +88,8 @@ logger = logging.getLogger(__name__)
 
 _IDLE_ROUNDS = 60
 """Rounds in a row without a draft, probes aside, after which an optional one is dropped."""
+
+_LESS_AT_ONCE = "use a shorter prompt, or set prefill_chunk or expert_memory to less"
 
 
 class Engine:
@@ -141,31 +145,26 @@ class Engine:
         self._cancelling = threading.RLock()
         self._closed = False
         self._handles: list[Any] = []
+        # By thread, as forwards are.
+        self._computing: set[int] = set()
         self._is_draft_optional = is_draft_optional
         self._host: HostPath | None = None
         self._device: DevicePath | None = None
         self.drafter: SelfDraft | DeviceSelfDraft | None = None
         try:
-            if config.orchestration == "device":
-                self._open_device_path(host_progress, draft_progress)
-            else:
-                self._open_host_path(
-                    predictor,
-                    draft=draft,
-                    backend=backend,
-                    host_tier=host_tier,
-                    link=link,
-                    draft_progress=draft_progress,
-                )
-        except torch.OutOfMemoryError as error:
-            self.close()
-            raise CapacityError(
-                f"the device ran out of memory while the engine was opened ({error})",
-                needed_bytes=int(config.expert_memory) + loaded.spec.dense_bytes,
-                available_bytes=0,
-                setting="expert_memory",
-                hint="set expert_memory to less",
-            ) from error
+            with self._within_memory("while the engine was opened", "set expert_memory to less"):
+                if config.orchestration == "device":
+                    self._open_device_path(host_progress, draft_progress)
+                else:
+                    self._open_host_path(
+                        predictor,
+                        draft=draft,
+                        backend=backend,
+                        host_tier=host_tier,
+                        link=link,
+                        draft_progress=draft_progress,
+                    )
+            self._watch_memory()
         except BaseException:
             self.close()
             raise
@@ -198,25 +197,44 @@ class Engine:
             CheckpointError: The checkpoint is missing, damaged or incomplete.
             UnsupportedModelError: foreload cannot run this architecture or quantisation.
             CapacityError: The expert memory is below one layer's needs, or host memory below what
-                a device fetches from.
+                a device fetches from; or the device ran out of memory.
         """
         config = EngineConfig.from_dict({"model": str(model), **settings})
         find_device("cpu" if config.device == "auto" else config.device)
         directory = resolve_model(config.model)
         loaded = load_model(directory, dtype=config.dtype, progress=progress)
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        tokenizer = load_tokenizer(directory)
+
+        def open_with(resolved: EngineConfig) -> Engine:
+            return cls(
+                loaded,
+                tokenizer,
+                resolved,
+                cache_dir=folder,
+                draft=prepare_draft(resolved, loaded, cache_dir=folder, progress=draft_progress),
+                is_draft_optional=config.draft == "auto",
+                host_progress=host_progress,
+                draft_progress=draft_progress,
+            )
+
         resolved = resolve(config, loaded, cache_dir=folder)
-        draft = prepare_draft(resolved, loaded, cache_dir=folder, progress=draft_progress)
-        return cls(
-            loaded,
-            load_tokenizer(directory),
-            resolved,
-            cache_dir=folder,
-            draft=draft,
-            is_draft_optional=config.draft == "auto",
-            host_progress=host_progress,
-            draft_progress=draft_progress,
-        )
+        if config.orchestration != "auto" or resolved.orchestration != "device":
+            return open_with(resolved)
+        try:
+            return open_with(resolved)
+        except CapacityError as error:
+            if error.setting != "host_memory":
+                raise
+            # As text: a record of the log may be kept, and the error's frames keep the experts.
+            logger.warning("the host decides about the CUDA device's experts: %s", str(error))
+            locked = error.available_bytes
+        # Out here the error is gone. Settings are resolved for a device that has no weights yet.
+        loaded.model.to("cpu")
+        config = config.with_values(orchestration="host", device=resolved.device)
+        resolved = resolve(config, loaded, cache_dir=folder)
+        host_bytes = max(min(int(resolved.host_memory), locked), slot_size(loaded.plans))
+        return open_with(resolved.with_values(host_memory=host_bytes))
 
     def generate(self, prompt: Prompt, **sampling: Any) -> GenerationResult:
         """Generate text and wait for all of it.
@@ -240,7 +258,7 @@ class Engine:
         prompt_ids = encode_prompt(prompt, self.tokenizer, vocab_size)
         room = self._context_left(len(prompt_ids))
         if room is not None and room < config.max_new_tokens:
-            logger.info("the model's context leaves room for %d tokens", room)
+            logger.info("the context leaves room for %d tokens", room)
             config = SamplingConfig.from_dict(
                 {
                     **{name: getattr(config, name) for name in config.__slots__},
@@ -251,7 +269,7 @@ class Engine:
         cancelled = threading.Event()
         with self._cancelling:
             self._cancelled.add(cancelled)
-        return self._stream(prompt_ids, config, submitted_s, cancelled)
+        return self._give(self._stream(prompt_ids, config, submitted_s, cancelled))
 
     def cancel(self) -> None:
         """End every stream there is, after its current token; may be called from any thread."""
@@ -272,6 +290,7 @@ class Engine:
             self.drafter.release()
         for handle in self._handles:
             handle.remove()
+        self.model.__dict__.pop("forward", None)
         detach(self._loaded.sites)
         if self._device is not None:
             self._device.release()
@@ -318,8 +337,9 @@ class Engine:
 
     @property
     def max_positions(self) -> int | None:
-        """Give the longest context that the model was built for, where it says."""
-        return self._loaded.generation.max_positions
+        """Give the most tokens of a request, by the setting `context` or by the model."""
+        context = self.config.context
+        return self._loaded.generation.max_positions if context == "auto" else int(context)
 
     @property
     def expert_bytes(self) -> tuple[int, ...]:
@@ -354,10 +374,12 @@ class Engine:
             ForeloadError: A request is running, or the engine is closed.
             ConfigError: The plan is not for this model; or the host decides about experts.
             TraceError: The trace cannot be read.
+            CapacityError: The device ran out of memory; the slots are divided as before.
         """
         self._require_open()
         device = self._require_device()
-        device.divide_slots(slot_plan)
+        with self._within_memory("while slots were divided anew", "set expert_memory to less"):
+            device.divide_slots(slot_plan)
         is_equal = isinstance(slot_plan, str) and slot_plan == "equal"
         self.config = self.config.with_values(slot_plan="equal" if is_equal else device.slots)
 
@@ -492,6 +514,7 @@ class Engine:
             metrics=self.metrics,
             policy=policy,
             predictor=predictor,
+            context=self.max_positions,
             num_workers=config.num_workers,
             limit_bytes=int(config.host_memory),
             progress=progress,
@@ -506,6 +529,56 @@ class Engine:
             self._handles += watch_residuals(loaded.sites, path.runtime.see_residual)
         if isinstance(policy, SpeculateWhen):
             self._handles += watch_logits(loaded.sites, path.policy.see_logits)
+
+    @contextmanager
+    def _within_memory(self, doing: str, hint: str) -> Iterator[None]:
+        """Make a CapacityError of a device that runs out of memory; the engine stays usable."""
+        thread = threading.get_ident()
+        if thread in self._computing:
+            # Told where it was begun, when all that it was in the middle of has been left.
+            yield
+            return
+        self._computing.add(thread)
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            needed, available = measure_shortage(error, find_device(self.config.device))
+            # They keep what was computed so far for as long as anybody keeps the error.
+            traceback.clear_frames(error.__traceback__)
+            if self._device is not None:
+                self._device.recover()
+            raise CapacityError(
+                f"the device ran out of memory {doing}",
+                needed_bytes=needed,
+                available_bytes=available,
+                setting="expert_memory",
+                hint=hint,
+            ) from error
+        finally:
+            self._computing.discard(thread)
+
+    def _watch_memory(self) -> None:
+        """Let calls of `model` tell as the engine's own do what runs out of memory."""
+        forward = self.model.forward
+
+        @functools.wraps(forward)
+        def within_memory(*args: Any, **kwargs: Any) -> Any:
+            with self._within_memory("while the model ran", _LESS_AT_ONCE):
+                return forward(*args, **kwargs)
+
+        self.model.forward = within_memory
+
+    def _give(self, chunks: Generator[Chunk]) -> Iterator[Chunk]:
+        """Give what a stream brings; between two chunks this thread is the caller's."""
+        with closing(chunks):
+            while True:
+                with self._within_memory("while text was generated", _LESS_AT_ONCE):
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
 
     def _count(self) -> None:
         """Bring the counters up to date where others have counted."""
@@ -552,10 +625,16 @@ class Engine:
             return None
         if num_prompt_tokens >= limit:
             raise ConfigError(
-                f"the prompt has {num_prompt_tokens} tokens, the model's context is {limit}",
-                hint="shorten the prompt",
+                f"the prompt has {num_prompt_tokens} tokens, the context is {limit}",
+                hint=self._more_context(limit),
             )
         return limit - num_prompt_tokens
+
+    def _more_context(self, limit: int) -> str:
+        own = self._loaded.generation.max_positions
+        if own is not None and own <= limit:
+            return f"shorten the prompt: the model was built for {own} tokens"
+        return "shorten the prompt, or open the engine with a larger context"
 
     def _require_host(self) -> HostPath:
         if self._host is None:
@@ -583,7 +662,7 @@ class Engine:
         config: SamplingConfig,
         submitted_s: float,
         cancelled: threading.Event,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         ends = set(self._loaded.generation.eos_token_ids)
         transcript = Transcript(self.tokenizer, ends, config.stop)
         drafter = self.drafter

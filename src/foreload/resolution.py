@@ -11,8 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from foreload.config import EngineConfig, parse_size
 from foreload.errors import (
     CapacityError,
@@ -23,12 +21,14 @@ from foreload.errors import (
 )
 from foreload.memory import cuda
 from foreload.memory.arena import slot_bytes
+from foreload.memory.available import available_bytes
 from foreload.model.device_plan import (
     block_bytes,
     device_layouts,
     kv_bytes_per_token,
     resident_draft_bytes,
     stream_blocks,
+    workspace_bytes,
 )
 from foreload.model.draft_choice import draft_pays, measure_figures
 from foreload.model.draft_files import (
@@ -64,10 +64,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MARGIN_BYTES = 1 << 30
-"""Left to the rest of the machine by expert_memory="auto", beside the KV cache and workspaces."""
+"""Left to the rest of the machine, beside the KV cache and workspaces."""
 
 _CONTEXT_TOKENS = 8192
-"""Tokens whose keys and values expert_memory="auto" leaves room for on a device, at most."""
+"""Tokens of a request on a CUDA device with context="auto", at most."""
 
 _LOCKED_PERCENT = 75
 """Share of the free host memory that host_memory="auto" locks: it can no longer be swapped out."""
@@ -163,7 +163,7 @@ def _resolve_host(
     size = slot_size(loaded.plans)
     whole = size * sum(len(layer) for layer in loaded.plans)
     least = least_memory(loaded)
-    available = psutil.virtual_memory().available
+    available = available_bytes()
     draft = _choose_draft(config, loaded, cache_dir)
     drafted = 0 if draft == "none" else draft_bytes(loaded.sites, loaded.plans, draft)
     if config.expert_memory == "auto":
@@ -196,10 +196,24 @@ def _resolve_host(
         device="cpu",
         orchestration="host",
         dtype=loaded.spec.dtype,
+        context=_context(config, loaded),
         expert_memory=(budget - drafted) // size * size + drafted,
         draft=draft,
         num_draft_tokens=config.num_draft_tokens if draft != "none" else "auto",
     )
+
+
+def _context(config: EngineConfig, loaded: LoadedModel, *, most: int | None = None) -> str | int:
+    """Give the tokens a request may have; "auto" where neither model nor setting tells.
+
+    Args:
+        config: The settings.
+        loaded: The model.
+        most: Most tokens of "auto".
+    """
+    limits = [loaded.generation.max_positions, most if config.context == "auto" else config.context]
+    known = [int(limit) for limit in limits if limit is not None and limit != "auto"]
+    return min(known) if known else "auto"
 
 
 def _refuse_slot_plan(config: EngineConfig) -> None:
@@ -218,7 +232,7 @@ def _resolve_staged(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     device = cuda.find_device("cuda" if config.device == "auto" else config.device)
     size = slot_size(loaded.plans)
     whole = size * sum(len(layer) for layer in loaded.plans)
-    available = psutil.virtual_memory().available
+    available = available_bytes()
     host = available * _LOCKED_PERCENT // 100
     if config.host_memory != "auto":
         host = parse_size(config.host_memory, whole_bytes=whole, setting="host_memory")
@@ -238,7 +252,9 @@ def _resolve_staged(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     if draft != "none" and device.type == "cuda" and find_spec("triton") is None:
         raise MissingExtraError("triton", "triton")
     drafted = resident_draft_bytes(loaded, draft)
-    budget = _device_budget(config, whole, *_device_room(device, loaded), draft_bytes=drafted)
+    context = int(_context(config, loaded, most=_CONTEXT_TOKENS))
+    room = _device_room(device, loaded, config, context)
+    budget = _device_budget(config, whole, room, room, draft_bytes=drafted)
     least = least_memory(loaded) + drafted
     if budget < least:
         more = "" if draft == "none" else f", beside the {draft} draft"
@@ -253,6 +269,7 @@ def _resolve_staged(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         device=str(device),
         orchestration="host",
         dtype=spec.dtype,
+        context=context,
         expert_memory=(budget - drafted) // size * size + drafted,
         host_memory=host // size * size,
         draft=draft,
@@ -275,7 +292,7 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     drafted = resident_draft_bytes(loaded, draft)
     layer_slot = spec.num_moe_layers * size
     whole = spec.num_experts * layer_slot
-    available = psutil.virtual_memory().available
+    available = available_bytes()
     host = available - _MARGIN_BYTES
     if config.host_memory != "auto":
         asked = parse_size(config.host_memory, whole_bytes=whole, setting="host_memory")
@@ -292,8 +309,10 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         )
     # Two buffers that long inputs stream their experts through.
     streamed = 2 * stream_blocks(spec.num_experts, size) * size
+    context = _context(config, loaded)
     if device.type == "cuda":
-        room, spare = _device_room(device, loaded, streamed)
+        context = int(_context(config, loaded, most=_CONTEXT_TOKENS))
+        room = spare = _device_room(device, loaded, config, context, streamed)
     else:
         room = available - whole - streamed
         spare = room - _MARGIN_BYTES
@@ -313,6 +332,7 @@ def _resolve_device(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
         device=str(device),
         orchestration="device",
         dtype=spec.dtype,
+        context=context,
         slot_plan="equal" if config.slot_plan == "equal" else slots,
         expert_memory=sum(slots) * size + drafted,
         host_memory=whole,
@@ -329,19 +349,30 @@ def device_slots(config: EngineConfig, loaded: LoadedModel) -> tuple[int, ...]:
 
 
 def _device_room(
-    device: torch.device, loaded: LoadedModel, other_bytes: int = 0
-) -> tuple[int, int]:
-    """Give the bytes a CUDA device has for slots at most, and those it can spare for them.
+    device: torch.device,
+    loaded: LoadedModel,
+    config: EngineConfig,
+    context: int,
+    other_bytes: int = 0,
+) -> int:
+    """Give the bytes a CUDA device has for slots, beside all else that will lie there.
 
     Args:
         device: The device.
         loaded: The model.
+        config: The settings.
+        context: Most tokens of a request.
         other_bytes: What else of the experts is kept there.
     """
-    # The dense weights are not there yet.
-    room = cuda.free_bytes(device) - loaded.spec.dense_bytes - other_bytes
-    context = min(loaded.generation.max_positions or _CONTEXT_TOKENS, _CONTEXT_TOKENS)
-    return room, room - context * kv_bytes_per_token(loaded) - _MARGIN_BYTES
+    return (
+        cuda.free_bytes(device)
+        # The dense weights are not there yet.
+        - loaded.spec.dense_bytes
+        - other_bytes
+        - context * kv_bytes_per_token(loaded)
+        - workspace_bytes(loaded, min(config.prefill_chunk, context), context)
+        - _MARGIN_BYTES
+    )
 
 
 def _device_budget(

@@ -76,6 +76,19 @@ def test_sizes_are_those_of_the_settings(tiny_checkpoint: Path) -> None:
         assert engine.config.eviction == "lru"
 
 
+def test_a_request_gets_a_cache_no_larger_than_the_context(tiny_checkpoint: Path) -> None:
+    with open_device(tiny_checkpoint, context=300) as engine:
+        path = engine._device
+        assert path is not None
+        with path.lend_step(17) as short:
+            assert short is not None
+            assert short.num_positions == 256
+        # As a power of two it would be 512.
+        with path.lend_step(290) as long:
+            assert long is not None
+            assert long.num_positions == 300
+
+
 def test_what_the_host_alone_can_do_is_refused_by_name(tiny_checkpoint: Path) -> None:
     with open_device(tiny_checkpoint) as engine:
         for name in ("tiers", "runtime"):

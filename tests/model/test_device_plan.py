@@ -15,6 +15,7 @@ from foreload.model.device_plan import (
     draft_layouts,
     kv_bytes_per_token,
     stream_blocks,
+    workspace_bytes,
 )
 from foreload.model.hf import load_model
 from foreload.ops.device_layout import StoredFormat
@@ -68,6 +69,19 @@ def test_a_token_in_the_cache_takes_its_keys_and_values(loaded: LoadedModel) -> 
     config = loaded.model.config
     each = config.num_key_value_heads * config.head_dim * 2 * 4
     assert kv_bytes_per_token(loaded) == config.num_hidden_layers * each
+
+
+def test_a_forward_takes_logits_and_eager_scores(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = loaded.model.config
+    fused = workspace_bytes(loaded, 16, 256)
+    assert fused >= 16 * config.vocab_size * (4 + 4)
+    assert workspace_bytes(loaded, 32, 256) == 2 * fused
+    assert workspace_bytes(loaded, 16, 512) == fused
+    monkeypatch.setattr(config, "_attn_implementation", "eager")
+    scores = 16 * config.num_attention_heads * 256 * (4 + 4)
+    assert workspace_bytes(loaded, 16, 256) == fused + scores
 
 
 def test_a_drafts_layouts_are_the_targets_quantised(loaded: LoadedModel) -> None:

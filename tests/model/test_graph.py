@@ -6,6 +6,7 @@ No test here needs a CUDA device.
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,8 @@ from foreload.model.kv_cache import clear_static, make_static_cache, rewind_stat
 from watch import Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -242,6 +245,75 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(
     assert len(caplog.records) == 1, "said once"
 
 
+def test_one_step_that_cannot_be_captured_speaks_for_all(
+    run: Any,
+    tiny_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def draft(token_ids: Tensor, cache: Any) -> Tensor:
+        return run(token_ids, cache)
+
+    cuda = FakeCuda(fails=True)
+    cuda.install(monkeypatch)
+    steps = StepGraphs(run, lambda room: make_static_cache(tiny_model, room), CPU, is_captured=True)
+    wanted = wanted_logits(run, tiny_model, [11, 12, 13])
+    for num_positions in (20, 300):
+        with steps.lend(num_positions) as step:
+            run(torch.tensor([PROMPT]), step.cache)
+            assert torch.equal(step(11), wanted[0])
+            torch.testing.assert_close(step.beside(1, forward=draft)(12), wanted[1])
+            step.rewind(1)
+            wide = step.beside(2)
+            assert not wide.prepare()
+            torch.testing.assert_close(wide.run([12, 13])[0], torch.stack(wanted[1:]))
+        steps.release()
+    assert cuda.log == ["wait", "warm up", "wait", "capture"]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_memory_that_runs_out_in_a_capture_says_nothing_about_the_model(
+    run: Any,
+    tiny_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_hidden: bool,
+) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    num_free = 0
+
+    def lacking(token_ids: Tensor, cache: Any) -> Tensor:
+        if cuda.phase == "capture" and not num_free:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(token_ids, cache)
+
+    @contextmanager
+    def capture(graph: Any, **settings: Any) -> Iterator[None]:
+        with cuda.graph(graph, **settings):
+            try:
+                yield
+            except RuntimeError:
+                if is_hidden:
+                    raise RuntimeError("failed due to a previous error during capture")  # noqa: B904
+                raise
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    broken: list[bool] = []
+    step = make_step(lacking, tiny_model, is_captured=True, on_broken=lambda: broken.append(True))
+    run(torch.tensor([PROMPT]), step.cache)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(11)
+    assert broken == [True]
+    assert not caplog.records
+    num_free = 1
+    step.clear()
+    run(torch.tensor([PROMPT]), step.cache)
+    assert torch.equal(step(11), wanted_logits(run, tiny_model, [11])[0])
+    assert step.is_captured
+
+
 class TestLending:
     def make(self, run: Any, model: PreTrainedModel, most: int | None = None) -> StepGraphs:
         self.made: list[int] = []
@@ -286,6 +358,31 @@ class TestLending:
             with steps.lend(num_positions) as step:
                 assert step.num_positions == room
         assert self.made == [256, 512, 1000]
+
+    def test_a_step_that_a_request_broke_in_is_not_lent_again(
+        self, run: Any, tiny_model: PreTrainedModel
+    ) -> None:
+        steps = self.make(run, tiny_model)
+        with steps.lend(20), steps.lend(20):
+            pass
+        lent: list[StepGraph] = []
+
+        def break_off(error: BaseException) -> None:
+            with steps.lend(20) as step:
+                lent.append(step)
+                raise error
+
+        with pytest.raises(KeyboardInterrupt):
+            break_off(KeyboardInterrupt())
+        assert len(steps._idle) == 2, "an interruption is no lack of memory"
+        with pytest.raises(RuntimeError):
+            break_off(torch.OutOfMemoryError("no more"))
+        assert not steps._idle, "what nobody uses is given back too"
+        assert not steps._lent
+        with pytest.raises(ForeloadError, match="closed"):
+            lent[-1](3)
+        with steps.lend(20) as fresh:
+            assert fresh not in lent
 
     def test_released_steps_are_closed_wherever_they_are(
         self, run: Any, tiny_model: PreTrainedModel

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from foreload.bench.probe import ExpertProbe, LayerProbe, probe_experts, probe_layers
 from foreload.config import EngineConfig, format_bytes, parse_size
 from foreload.cost import (
@@ -27,6 +25,7 @@ from foreload.cost import (
     wire_s,
 )
 from foreload.errors import ConfigError
+from foreload.memory.available import available_bytes
 from foreload.model.headers import read_headers
 from foreload.model.source import DEMO_NAME, open_headers
 from foreload.trace.layer_slots import SlotPlanGain, slot_plan_gain
@@ -382,7 +381,7 @@ def _measure_machine(
         take("call_s", layers.call_s, "measured")
     tell("Measuring", 2, 2)
     origins["memory_bytes"] = "measured" if given.memory_bytes is None else "given"
-    memory_bytes = given.memory_bytes or psutil.virtual_memory().available
+    memory_bytes = given.memory_bytes or available_bytes()
     return Machine(
         rates=MachineRates(**rates), memory_bytes=memory_bytes, origins=origins, num_busy=num_busy
     )

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import psutil
 import torch
 
 from foreload.config import EngineConfig
 from foreload.engine import Engine
 from foreload.errors import ConfigError
 from foreload.memory.arena import SlotArena
+from foreload.memory.available import available_bytes
 from foreload.memory.disk import DiskBackend
 from foreload.memory.transfer import TransferEngine
 from foreload.model.headers import read_headers
@@ -122,7 +122,7 @@ def probe_experts(
         One second of computing and three with copies; 768 MiB of memory or a quarter of what is
         free, two experts at least.
     """
-    room = min(_ARENA_BYTES, psutil.virtual_memory().available // 4)
+    room = min(_ARENA_BYTES, available_bytes() // 4)
     num_slots = max(2, min(room // headers.slot_bytes, headers.num_experts))
     with ExitStack() as stack:
         probe = stack.enter_context(closing(_Probe(headers, num_slots, link)))

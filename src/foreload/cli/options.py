@@ -38,6 +38,7 @@ __all__ = [
 HELP = {
     "device": "Where the model computes; auto takes a CUDA device that runs these settings.",
     "dtype": "Element type in memory; auto is the checkpoint's own.",
+    "context": "Most tokens of a request, prompt and text; a device keeps memory free for them.",
     "expert_memory": 'Ceiling of the memory for experts: auto, "2GiB", or "25%" of all experts.',
     "host_memory": "Ceiling of the host tier, through which experts get to a device.",
     "orchestration": "Who decides which experts are on the device: the host, or the device.",
@@ -76,6 +77,7 @@ CacheDirOption = Annotated[
 ]
 
 _METAVARS = {
+    "context": "auto|N",
     "device": "auto|cpu|cuda[:N]",
     "expert_memory": "auto|SIZE|PERCENT",
     "host_memory": "auto|SIZE|PERCENT",

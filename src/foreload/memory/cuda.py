@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import psutil
 import torch
 
 from foreload.errors import CapacityError, ConfigError
@@ -29,6 +31,8 @@ __all__ = [
     "find_device",
     "free_bytes",
     "has_device",
+    "is_out_of_memory",
+    "measure_shortage",
     "on_device",
     "page_lock",
     "page_unlock",
@@ -76,6 +80,31 @@ def free_bytes(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + reserve)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that a device is out of memory: torch, driver or Triton."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error)
+    )
+
+
+def measure_shortage(error: BaseException, device: torch.device) -> tuple[int, int]:
+    """Give the bytes that were asked for where memory ran out, and those that are free.
+
+    Args:
+        error: What was raised; one that names no number wanted more than is free.
+        device: Where it ran out.
+    """
+    if device.type == "cuda":
+        # Without torch's reserve: it was in pieces too small for what was asked for.
+        free = int(torch.cuda.mem_get_info(device)[0])
+    else:
+        free = psutil.virtual_memory().available
+    asked = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error))
+    if asked is None:
+        return free + 1, free
+    return int(float(asked[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB").index(asked[2])), free
 
 
 def wait_idle(device: torch.device) -> None:

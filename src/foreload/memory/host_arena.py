@@ -13,12 +13,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from foreload.errors import CapacityError, ForeloadError
 from foreload.memory import cuda
 from foreload.memory.arena import ALIGNMENT, SlotArena, slot_bytes
+from foreload.memory.available import available_bytes
 from foreload.memory.disk import DiskBackend
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class HostArena:
             )
         self._shape = (num_layers, num_experts, block_bytes)
         self.num_bytes = num_layers * num_experts * block_bytes
-        available = psutil.virtual_memory().available
+        available = available_bytes()
         limit = available if limit_bytes is None else min(limit_bytes, available)
         if self.num_bytes > limit:
             raise CapacityError(
@@ -154,13 +154,26 @@ class HostArena:
         """Let CUDA devices read the blocks in place, layer by layer. CUDA only.
 
         Raises:
-            CapacityError: The driver refused; nothing stays locked.
+            CapacityError: The driver refused; nothing stays locked. What it names as available is
+                what could be locked.
         """
         try:
             # One registration per layer: a copy may not reach across two.
             for layer in self.blocks:
                 cuda.page_lock(layer.data_ptr(), layer.numel())
                 self._locked.append(layer.data_ptr())
+        except CapacityError as error:
+            locked = len(self._locked) * (self.num_bytes // len(self.blocks))
+            self._unlock()
+            reason, _, _ = str(error).partition(": ")
+            # The figures of the layer that was refused say little.
+            raise CapacityError(
+                reason,
+                needed_bytes=self.num_bytes,
+                available_bytes=locked,
+                setting=error.setting,
+                hint=error.hint,
+            ) from error
         except BaseException:
             self._unlock()
             raise

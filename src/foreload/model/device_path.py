@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foreload.errors import ForeloadError, UnsupportedModelError
 from foreload.memory import cuda
@@ -34,12 +34,14 @@ from foreload.model.sites import silenced_experts
 from foreload.model.slot_division import divide_slots
 from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
 from foreload.ops.device_layout import store_expert
+from foreload.ops.device_tables import ABSENT
 from foreload.ops.grouped import TwinGrouped
 from foreload.ops.present import choose_present
 from foreload.schedule.governor import Governor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -74,6 +76,7 @@ class DevicePath:
         metrics: Where steps and lookups are counted.
         policy: Who decides what is executed.
         predictor: Guesses the next layer's routing, or None.
+        context: Most tokens of a request, None where there is no limit.
         num_workers: Experts read from the checkpoint at once.
         limit_bytes: What the host tier may take.
         progress: Called with (done, total) bytes while the host tier is filled.
@@ -104,6 +107,7 @@ class DevicePath:
         metrics: Metrics,
         policy: ExecutionPolicy,
         predictor: TensorPredictor | None = None,
+        context: int | None = None,
         num_workers: int = 2,
         limit_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -123,6 +127,7 @@ class DevicePath:
         layouts = device_layouts(loaded)
         size = block_bytes(layouts)
         self._spec = spec
+        self._device = device
         self._num_requests = 0
         self._steps: StepGraphs | None = None
         self.drafter: DeviceSelfDraft | None = None
@@ -174,7 +179,7 @@ class DevicePath:
                     functools.partial(make_static_cache, loaded.model),
                     device,
                     is_captured=device.type == "cuda",
-                    most_positions=loaded.generation.max_positions,
+                    most_positions=context,
                     on_broken=self.runtime.abandon,
                 )
             else:
@@ -182,6 +187,10 @@ class DevicePath:
                     "%s keeps more than keys and values between tokens: its steps are not captured",
                     spec.architecture,
                 )
+            # Taken before the runtime's own lock, as by a step that runs.
+            self._launching: AbstractContextManager[Any] = (
+                nullcontext() if self._steps is None else self._steps.lock
+            )
             if self._steps is not None and draft != "none":
                 self.drafter = self._make_drafter(
                     loaded,
@@ -227,7 +236,7 @@ class DevicePath:
             TraceError: A trace cannot be read.
         """
         slots = divide_slots(plan, self._num_slots, self._spec)
-        with self.runtime.lock:
+        with self._launching, self.runtime.lock:
             if self._num_requests:
                 raise ForeloadError(
                     "slots cannot be divided anew while a request is running",
@@ -237,6 +246,20 @@ class DevicePath:
                 self._steps.release()
             self.runtime.divide(slots)
             self.slots = slots
+
+    def recover(self) -> None:
+        """Empty the slots, in place, after a forward that was broken off by a lack of memory.
+
+        An expert is given its slot before it is brought there, and what lies between takes memory.
+        Captured steps stay valid.
+        """
+        with self._launching, self.runtime.lock:
+            cuda.wait_idle(self._device)
+            self.runtime.abandon()
+            tables = self._experts.tables
+            for table in (tables.slot_of, tables.expert_of, tables.stamp):
+                table.fill_(ABSENT)
+            tables.is_fresh.zero_()
 
     def release(self) -> None:
         """Let go of steps and memory; may be called twice."""

@@ -29,6 +29,7 @@ __all__ = [
     "kv_bytes_per_token",
     "resident_draft_bytes",
     "stream_blocks",
+    "workspace_bytes",
 ]
 
 _FINE_GROUP = 16
@@ -134,6 +135,28 @@ def kv_bytes_per_token(loaded: LoadedModel) -> int:
         if isinstance(value, torch.Tensor)
     ]
     return sum(value.numel() * value.element_size() for value in kept)
+
+
+def workspace_bytes(loaded: LoadedModel, num_tokens: int, context: int) -> int:
+    """Give what a forward takes while it runs, beside weights and KV cache; an upper estimate.
+
+    Logits and hidden states in the model's element type and once more in float32, the inputs and
+    outputs of the experts, and where attention is computed eagerly its scores over the context.
+
+    Args:
+        loaded: The model.
+        num_tokens: Tokens of the forward, T.
+        context: Tokens in the KV cache.
+    """
+    config = loaded.model.config.get_text_config()
+    spec = loaded.spec
+    size = int(loaded.model.dtype.itemsize) + 4
+    width = max(max(t.shape) for layer in loaded.plans for t in layer[0].tensors)
+    per_token = int(config.vocab_size) + 4 * spec.hidden_size
+    per_token += spec.top_k * (spec.hidden_size + 2 * width)
+    if config._attn_implementation == "eager":
+        per_token += int(config.num_attention_heads) * context
+    return num_tokens * per_token * size
 
 
 def _layout(site: MoeSite, plans: list[ExpertPlan]) -> ExpertLayout:

@@ -18,7 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from foreload.errors import ForeloadError
-from foreload.memory.cuda import on_device
+from foreload.memory.cuda import is_out_of_memory, on_device
 from foreload.model.kv_cache import clear_static, rewind_static
 
 if TYPE_CHECKING:
@@ -73,11 +73,13 @@ class GraphPool:
 
     Attributes:
         lock: Held while a step is captured or launched: none is when it is closed.
+        can_capture: Whether captures are tried: none is after one that the model does not allow.
     """
 
     def __init__(self) -> None:
         self._stream: Any = None
         self.lock = threading.RLock()
+        self.can_capture = True
         # A pool ends with its last graph, and its name must not be used again then.
         self._steps: weakref.WeakSet[StepGraph] = weakref.WeakSet()
 
@@ -95,21 +97,40 @@ class GraphPool:
         current.wait_stream(self._stream)
         return outputs
 
-    def capture(self, step: StepGraph, run: Callable[[], None]) -> None:
+    def capture(self, step: StepGraph, run: Callable[[], None]) -> bool:
         """Capture what has been warmed up as the graph of a step.
 
+        Returns:
+            Whether it could be. Where something in it cannot be captured that is said, once, and
+            no other step is tried.
+
         Raises:
-            RuntimeError: Something in it cannot be captured.
+            RuntimeError: The device ran out of memory, which says nothing about the model.
         """
         # Only one at a time can be under way.
         with self.lock:
+            if not self.can_capture:
+                return False
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=self._handle(), stream=self._stream, capture_error_mode="thread_local"
-            ):
-                run()
+            try:
+                with torch.cuda.graph(
+                    graph,
+                    pool=self._handle(),
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ):
+                    run()
+            except RuntimeError as error:
+                # A capture that was broken off may not be ended either, which hides the reason.
+                for each in (error, error.__context__):
+                    if each is not None and is_out_of_memory(each):
+                        raise each from None
+                self.can_capture = False
+                logger.warning("this model's step cannot be captured, and runs as it is: %s", error)
+                return False
             step.graph = graph
             self._steps.add(step)
+            return True
 
     def _handle(self) -> Any:
         """Name the pool of the graphs there are; None makes a new one."""
@@ -134,6 +155,7 @@ class StepGraph:
         num_positions: Its room.
         graph: The captured step; None where there is none.
         wants_capture: Whether the first use will capture it.
+        is_closed: Whether it runs no more.
     """
 
     def __init__(
@@ -154,7 +176,7 @@ class StepGraph:
         self._token_ids = torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
         self._is_capturing = self.wants_capture = is_captured
         self._on_broken = on_broken
-        self._is_closed = False
+        self.is_closed = False
         self._pool = pool or GraphPool()
         self.graph: Any = None
         self._outputs: tuple[Tensor, Tensor] | None = None
@@ -178,7 +200,7 @@ class StepGraph:
             One launch, where the step is captured; the host does not wait.
         """
         with self._pool.lock, torch.inference_mode(), on_device(self._token_ids.device):
-            if self._is_closed:
+            if self.is_closed:
                 raise ForeloadError("the engine is closed", hint="open a new one")
             # From page-locked memory, which torch does not use again before it was read.
             is_locked = self._token_ids.is_cuda
@@ -210,11 +232,13 @@ class StepGraph:
             Whether it was done now: the step has then been run on whatever tokens it had, and
             experts were looked up and fetched for them.
         """
-        if not self.wants_capture:
+        if not (self.wants_capture and self._pool.can_capture):
+            self.wants_capture = False
             return False
-        self.wants_capture = False
         with torch.inference_mode(), on_device(self._token_ids.device):
             self._capture()
+        # Not before: where memory ran out the next use tries again.
+        self.wants_capture = False
         return True
 
     def beside(
@@ -227,7 +251,7 @@ class StepGraph:
             forward: What it runs; by default what this one runs.
             can_capture: Whether it can be captured, where this one is to be.
         """
-        if self._is_closed:
+        if self.is_closed:
             raise ForeloadError("the engine is closed", hint="open a new one")
         key = num_tokens, forward or self._forward
         if key not in self._beside:
@@ -257,7 +281,7 @@ class StepGraph:
     def close(self) -> None:
         """Let go of the captured step, which reads memory that is about to go."""
         with self._pool.lock:
-            self._is_closed = True
+            self.is_closed = True
             self.graph = self._outputs = None
             for step in self._beside.values():
                 step.close()
@@ -278,13 +302,14 @@ class StepGraph:
             for output, value in zip((logits, likeliest), self._step(), strict=True):
                 output.copy_(value)
 
+        is_done = False
         try:
-            self._pool.capture(self, run)
-        except RuntimeError as error:
-            logger.warning("this model's step cannot be captured, and runs as it is: %s", error)
-            self._on_broken()
-            return
-        self._outputs = logits, likeliest
+            is_done = self._pool.capture(self, run)
+        finally:
+            if not is_done:
+                self._on_broken()
+        if is_done:
+            self._outputs = logits, likeliest
 
 
 class StepGraphs:
@@ -296,7 +321,10 @@ class StepGraphs:
         device: Where the model is.
         is_captured: As for `StepGraph`.
         on_broken: As for `StepGraph`.
-        most_positions: The model's context, where it is known.
+        most_positions: Most tokens of a request, where there is a limit.
+
+    Attributes:
+        lock: Held while any of the steps is captured or launched.
     """
 
     def __init__(
@@ -316,6 +344,7 @@ class StepGraphs:
         self._on_broken = on_broken
         self._most_positions = most_positions
         self._pool = GraphPool()
+        self.lock = self._pool.lock
         self._idle: list[StepGraph] = []
         self._lent: list[StepGraph] = []
 
@@ -326,12 +355,18 @@ class StepGraphs:
         self._lent.append(step)
         try:
             yield step
+        except Exception:
+            # Memory may be what lacked: this step's, and that of those nobody uses.
+            step.close()
+            self._idle.clear()
+            raise
         finally:
             # After `release` it is in neither list.
             if step in self._lent:
                 self._lent.remove(step)
-                step.clear()
-                self._idle.append(step)
+                if not step.is_closed:
+                    step.clear()
+                    self._idle.append(step)
 
     def step_of(self, cache: Any) -> StepGraph:
         """Give the lent step whose KV cache this is.
