@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gpu.arms import Outcome, RunText
     from gpu.common import Row, Settings
 
-TOLERANCE = 0.05
+TOLERANCE = 0.015
 
 
 class Contender(NamedTuple):

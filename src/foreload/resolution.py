@@ -145,13 +145,15 @@ def resolve(
 
 def _resolve_cuda(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
     """Resolve settings for a CUDA device: it decides for itself where it can."""
-    reason = f"{config.host_only} wants it" if config.host_only else "it was asked for"
     if config.orchestration == "auto" and config.host_only is None:
         try:
             return _resolve_device(config, loaded)
         except (CapacityError, UnsupportedModelError) as error:
-            reason = str(error)
-    logger.info("the host decides about the CUDA device's experts: %s", reason)
+            logger.warning("the host decides about the CUDA device's experts: %s", error)
+    elif config.host_only is not None:
+        logger.info(
+            "the host decides about the CUDA device's experts: %s wants it", config.host_only
+        )
     return _resolve_staged(config, loaded)
 
 

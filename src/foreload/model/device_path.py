@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,9 @@ __all__ = ["DevicePath", "make_kernels"]
 
 logger = logging.getLogger(__name__)
 
+_FILLERS = 8
+"""Experts read at once while the host tier is filled, when nothing else is computed."""
+
 _MOST_DRAFTED = 8
 """Tokens a round drafts at most, where the governor chooses."""
 
@@ -77,7 +81,7 @@ class DevicePath:
         policy: Who decides what is executed.
         predictor: Guesses the next layer's routing, or None.
         context: Most tokens of a request, None where there is no limit.
-        num_workers: Experts read from the checkpoint at once.
+        num_workers: Experts read from the checkpoint at once, at least.
         limit_bytes: What the host tier may take.
         progress: Called with (done, total) bytes while the host tier is filled.
         draft: Kind of the draft: "none", "int4" or "int8".
@@ -137,7 +141,7 @@ class DevicePath:
             self._host.fill(
                 block_plans(loaded, layouts),
                 lambda layer, parts, block: store_expert(layouts[layer], parts, block),
-                num_workers=num_workers,
+                num_workers=max(num_workers, min(_FILLERS, os.cpu_count() or 1)),
                 progress=progress,
                 cpus=cuda.cpus_near(device),
             )

@@ -398,7 +398,7 @@ def _decode(matrix: MatrixLayout, codes: Tensor, scales: Tensor) -> Tensor:
     """Give what codes and scales stand for, (N, K) float32."""
     match matrix.stored:
         case StoredFormat.FP8:
-            return codes.float() * scales.flatten()[_scale_places(matrix).to(codes.device)]
+            return codes.float().mul_(_spread_scales(matrix, scales))
         case StoredFormat.MXFP4:
             magnitudes = torch.tensor(_MXFP4_MAGNITUDES, device=codes.device)
             values = torch.cat([magnitudes, -magnitudes])[_split_nibbles(codes).long()]
@@ -408,6 +408,14 @@ def _decode(matrix: MatrixLayout, codes: Tensor, scales: Tensor) -> Tensor:
         case StoredFormat.INT4:
             codes = _split_nibbles(codes).to(torch.int8) - 8
     return dequantise(Quantised(codes, scales), matrix.scale_columns)
+
+
+def _spread_scales(matrix: MatrixLayout, scales: Tensor) -> Tensor:
+    """Give each element its scale, (N, K), where the scales are."""
+    part_rows = matrix.num_rows // matrix.num_parts
+    parts = scales.view(matrix.num_parts, -1, scales.shape[1])
+    rows = parts.repeat_interleave(matrix.scale_rows, 1)[:, :part_rows].flatten(0, 1)
+    return rows.repeat_interleave(matrix.scale_columns, 1)[:, : matrix.num_columns]
 
 
 def _scale_places(matrix: MatrixLayout) -> Tensor:
