@@ -146,9 +146,10 @@ class OnDevice(torch.Tensor):
             return self
         return torch.ops.aten.clone.default(self, memory_format=torch.contiguous_format)
 
-    def nonzero(self) -> Tensor:
+    def nonzero(self, *, as_tuple: bool = False) -> Any:
         wait("nonzero")
-        return torch.ops.aten.nonzero.default(self)
+        found = torch.ops.aten.nonzero.default(self)
+        return found.unbind(1) if as_tuple else found
 
     def __invert__(self) -> Tensor:
         return torch.ops.aten.bitwise_not.default(self)
@@ -168,7 +169,8 @@ class OnDevice(torch.Tensor):
 
         if isinstance(value, Tensor) and not isinstance(value, OnDevice) and value.ndim:
             wait("a write from the host's memory")
-        indexed(self, place, write, is_write=True)
+        is_number = isinstance(value, bool | int | float)
+        indexed(self, place, write, is_write=True, is_number=is_number)
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -200,12 +202,19 @@ def wait(name: str) -> None:
 
 
 def indexed(
-    tensor: OnDevice, place: Any, index: Callable[[Tensor, Any], Any], *, is_write: bool = False
+    tensor: OnDevice,
+    place: Any,
+    index: Callable[[Tensor, Any], Any],
+    *,
+    is_write: bool = False,
+    is_number: bool = False,
 ) -> Any:
     """Index as torch would; its own way asks the build for a device before anything else."""
     for each in place if isinstance(place, tuple) else (place,):
         is_mask = isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8)
-        if is_mask or (type(each) is Tensor and each.ndim):
+        # Where a mask is all there is, torch writes a number as masked_fill_ does.
+        is_filled = is_number and each is place and isinstance(each, OnDevice)
+        if (is_mask and not is_filled) or (type(each) is Tensor and each.ndim):
             wait("a mask, or an index in the host's memory,")
     real = with_tensors(place, there)
 
@@ -254,6 +263,10 @@ def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if name == "aten::histc":
             # The device counts whole numbers, the processor does not.
             return function(real_args[0].float(), *real_args[1:], **real_kwargs).to(args[0].dtype)
+        if name == "aten::mm" and function._overloadname == "dtype":
+            # The device alone multiplies into another element type.
+            left, right, dtype = real_args
+            return torch.mm(left.to(dtype), right.to(dtype))
         return function(*real_args, **real_kwargs)
 
     # A capture computes nothing: what is only made has a shape to be given, what is there stays.
@@ -414,8 +427,16 @@ def pretend_cuda(patch: pytest.MonkeyPatch, *, is_quiet: bool = False) -> Iterat
     # All of the host's memory is the device's own. Torch keeps the functions that a device context
     # is for from the first use of one on: they must be its own.
     torch.utils._device._device_constructors()
-    make = torch.tensor
+    make, find = torch.tensor, torch.nonzero
     patch.setattr(torch, "tensor", lambda data, *, pin_memory=False, **given: make(data, **given))
+    # As a function it asks the build for a device before anything else.
+    patch.setattr(
+        torch,
+        "nonzero",
+        lambda tensor, **how: (OnDevice.nonzero if isinstance(tensor, OnDevice) else find)(
+            tensor, **how
+        ),
+    )
     # torch.tensor makes its tensor here, and copies it there where the mode sees it.
     torch._C._set_only_lift_cpu_tensors(True)
     # A parameter that moves is another tensor, not the same one with other contents.

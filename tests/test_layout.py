@@ -106,9 +106,53 @@ def test_no_module_reaches_for_a_gpu_or_asserts(path: Path) -> None:
     tree = ast.parse((SOURCE / path).read_text())
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert is for tests"
-        if isinstance(node, ast.Attribute):
-            is_allowed = node.attr != "cuda" or path.as_posix() in KNOWS_CUDA
-            assert is_allowed, f"line {node.lineno}: memory/cuda.py knows the devices"
+    is_allowed = path.as_posix() in KNOWS_CUDA
+    assert is_allowed or not lines_with_cuda(tree), "memory/cuda.py knows the devices"
+
+
+def lines_with_cuda(tree: ast.AST) -> list[int]:
+    """Give the lines that reach for torch.cuda, or for a tensor's own `cuda`."""
+    lines = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        match node:
+            case ast.Attribute(attr="cuda"):
+                names = ["torch.cuda"]
+            case ast.Import():
+                names = [alias.name for alias in node.names]
+            case ast.ImportFrom(level=0):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+        if any(f"{name}.".startswith("torch.cuda.") for name in names):
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("source", "is_found"),
+    [
+        ("torch.cuda.is_available()", True),
+        ("tensor.cuda()", True),
+        ("import torch.cuda", True),
+        ("import os, torch.cuda.graphs as graphs", True),
+        ("from torch import nn, cuda", True),
+        ("from torch import cuda as device", True),
+        ("def run():\n    from torch.cuda import Stream", True),
+        ("from torch.cuda.graphs import *", True),
+        ("import torch", False),
+        ("from torch import nn", False),
+        ("from foreload.memory import cuda\ncuda.find_device('cpu')", False),
+        ("from foreload.memory.cuda import find_device", False),
+        ("from .torch import cuda", False),
+        ("import torch.cudagraphs", False),
+    ],
+)
+def test_whoever_reaches_for_a_gpu_is_found(source: str, is_found: bool) -> None:
+    assert bool(lines_with_cuda(ast.parse(source))) == is_found
+
+
+@pytest.mark.parametrize("path", sorted(KNOWS_CUDA))
+def test_those_who_may_reach_for_a_gpu_do(path: str) -> None:
+    assert lines_with_cuda(ast.parse((SOURCE / path).read_text()))
 
 
 def test_names_that_say_nothing_are_not_used() -> None:

@@ -20,6 +20,7 @@ from foreload.model.graph import StepGraphs, forward_all
 from foreload.model.kv_cache import make_kv_cache, make_static_cache
 from foreload.model.sites import discover_sites
 from foreload.trace.record import RoutingRecorder
+from foreload.types import RouterOutput
 from gpu.common import DEVICE, load_resident, open_engine, open_staged
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from foreload.bench.workload import Workload
     from foreload.model.graph import StepGraph
     from foreload.trace.record import RoutingTrace
+    from foreload.types import RoutingEvent
     from gpu.common import Row
 
     RunText = Callable[[Workload], "Outcome"]
@@ -54,21 +56,63 @@ class Outcome(NamedTuple):
     counted: Row
 
 
+class _Guesses:
+    """A predictor of the next layer's experts that was told them beforehand.
+
+    Args:
+        steps: (L, 1, K) int64 of each step.
+    """
+
+    name = "told"
+
+    def __init__(self, steps: list[Tensor]) -> None:
+        self._steps = steps
+        self._now = torch.zeros_like(steps[0], device=DEVICE)
+
+    def begin(self, number: int) -> None:
+        """Sets what is guessed in a step; the host does not wait."""
+        self._now.copy_(self._steps[number % len(self._steps)], non_blocking=True)
+
+    def route_next(self, event: RoutingEvent) -> RouterOutput | None:
+        """Gives what it was told of the next layer, for single tokens."""
+        if len(event.top_k_index) != 1 or event.layer + 1 == len(self._now):
+            return None
+        return RouterOutput(self._now[event.layer + 1], None, None)
+
+
 class Forcing:
     """Sends single tokens where a trace says, whatever the routers answer.
 
     Args:
         demands: Experts of each step and layer.
         top_k: Experts of each of them.
+        num_experts: Experts of a layer, among which wrong guesses are drawn.
     """
 
-    def __init__(self, demands: Sequence[Sequence[Sequence[int]]], top_k: int) -> None:
+    def __init__(
+        self, demands: Sequence[Sequence[Sequence[int]]], top_k: int, num_experts: int
+    ) -> None:
         self._steps = [
             torch.tensor([[experts[:top_k]] for experts in layers], pin_memory=True)
             for layers in demands
         ]
         self._top_k = top_k
+        self._num_experts = num_experts
         self._now = torch.zeros_like(self._steps[0], device=DEVICE)
+        self._guesses: dict[float, _Guesses] = {}
+
+    def guess(self, recall: float) -> _Guesses:
+        """Gives a predictor that names the next layer's experts with so much recall, and others."""
+        if recall not in self._guesses:
+            generator = torch.Generator().manual_seed(0)
+            steps = []
+            for step in self._steps:
+                is_right = torch.rand(step.shape, generator=generator) < recall
+                other = torch.randint(self._num_experts, step.shape, generator=generator)
+                told = torch.where(is_right, step, other)
+                steps.append(torch.tensor(told.tolist(), pin_memory=True))
+            self._guesses[recall] = _Guesses(steps)
+        return self._guesses[recall]
 
     def attach(self, model: Any) -> None:
         """Have the experts of a model called with what the trace says."""
@@ -79,6 +123,8 @@ class Forcing:
     def begin(self, number: int) -> None:
         """Set where the tokens of a step go; the host does not wait."""
         self._now.copy_(self._steps[number % len(self._steps)], non_blocking=True)
+        for guesses in self._guesses.values():
+            guesses.begin(number)
 
     def _redirect(self, layer: int, module: Any, given: tuple[Tensor, ...]) -> Any:
         hidden, index, weights = given
@@ -174,15 +220,22 @@ class _Counts:
 
 @contextmanager
 def device_arm(
-    model: Path, share: float, *, forcing: Forcing | None = None, **settings: Any
+    model: Path,
+    share: float,
+    *,
+    forcing: Forcing | None = None,
+    recall: float | None = None,
+    **settings: Any,
 ) -> Iterator[RunText]:
-    """Opens an engine whose device decides."""
+    """Opens an engine whose device decides; `recall` is that of guesses at a forced routing."""
     with open_engine(model, share, **settings) as engine:
         path = engine._device
         if path is None:
             raise RuntimeError("the engine does not let the device decide")
         if forcing is not None:
             forcing.attach(engine.model)
+            if recall is not None:
+                path.runtime._predictor = forcing.guess(recall)
 
         def run(workload: Workload) -> Outcome:
             counts = _Counts(engine)

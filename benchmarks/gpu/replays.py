@@ -6,10 +6,14 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
+from foreload.model.hf import load_model
 from gpu.arms import Forcing
 from gpu.common import shares_of
 from gpu.suites import LRU, on_device, on_host, open_bench, tell_all, tell_belady, tell_goals
 from gpu.trials import read_windows, run_trials
+
+GUESSED = {"recall-90": 0.9, "oracle": 1.0}
+"""Recall of guesses one layer ahead: what early answers of trained routers have, and the best."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,15 +42,22 @@ def replay(settings: Settings) -> Iterator[Row]:
     # From the second time on nothing is asked for that was not there before.
     twice = dataclasses.replace(trace, num_layers=settings.layers, steps=steps + steps)
     windows = read_windows(settings, model, num_decode_tokens=len(steps))
-    with open_bench(settings, model, windows, Forcing(demands, top_k)) as bench:
+    forcing = Forcing(demands, top_k, load_model(model).spec.num_experts)
+    with open_bench(settings, model, windows, forcing) as bench:
         for share in shares_of(model, settings.shares):
             if share >= 100:
                 continue
             place = {"share": share, "trace": str(settings.trace), "top_k": top_k}
-            arms = [on_device(bench, "none", share, predictor="none")]
+            arms = [
+                on_device(bench, "none", share, predictor="none"),
+                *(
+                    on_device(bench, name, share, predictor="lookahead", recall=recall)
+                    for name, recall in GUESSED.items()
+                ),
+            ]
             rivals = [on_host(bench, "host-lru", share, **LRU)]
             found = run_trials(settings, [*bench.resident, *arms, *rivals], bench.texts)
             yield from tell_all(found, place)
-            yield from tell_goals(found, share, ["none"])
+            yield from tell_goals(found, share, [each.name for each in arms])
             traces = [twice] * len(windows)
             yield from tell_belady(found, share, model, arms, traces, count_from=len(steps))

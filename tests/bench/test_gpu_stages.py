@@ -18,6 +18,7 @@ from foreload import Engine
 from foreload.model import source
 from foreload.trace import read
 from foreload.trace.record import LayerVisit, RoutingTrace
+from foreload.types import RoutingEvent
 from pretend_cuda import pretend_cuda
 
 if TYPE_CHECKING:
@@ -123,8 +124,17 @@ def test_a_stage_runs_to_its_end(
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     more = []
     if stage == "replay":
-        visits = [LayerVisit.from_routing([experts], 4) for experts in ((0, 1), (2, 3))]
-        told = RoutingTrace(2, 4, [visits] * 4)
+        told = RoutingTrace(
+            2,
+            4,
+            [
+                [
+                    LayerVisit.from_routing([((step + layer) % 4, (step + layer + 1) % 4)], 4)
+                    for layer in range(2)
+                ]
+                for step in range(4)
+            ],
+        )
         monkeypatch.setattr(read, "read_trace", lambda path: told)
         more = ["--trace", "told.csv", "--layers", "2"]
     with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True) as machine:
@@ -132,11 +142,40 @@ def test_a_stage_runs_to_its_end(
         assert machine.num_launches > 0
     assert rows
     assert [row["error"] for row in rows if "error" in row] == []
+    if stage == "replay":
+        assert {"none", "recall-90", "oracle", "host-lru"} < {row.get("arm") for row in rows}
     if stage == "slot_plan":
         arms = [row for row in rows if row.get("arm") in ("equal", "planned")]
         slots = [counted["num_slots"] for row in arms for counted in row["counted"]]
         assert len(slots) == 2
         assert len(set(slots)) == 1, "the plan must not be given more of them"
+
+
+def test_guesses_that_are_told_have_the_recall_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from gpu.arms import Forcing
+
+    demands = [[[step, step + 1] for _ in range(3)] for step in range(100)]
+    with pretend_cuda(monkeypatch, is_quiet=True):
+        forcing = Forcing(demands, 2, 10_000)
+        some, all_right = forcing.guess(0.9), forcing.guess(1.0)
+        num_right = 0
+        for step, wanted in enumerate(demands):
+            forcing.begin(step)
+            for layer in range(2):
+                event = RoutingEvent(0, layer, None, torch.zeros(1, 2), torch.zeros(1, 2))
+                told = all_right.route_next(event)
+                assert told is not None
+                assert told.top_k_index.tolist() == [wanted[layer + 1]]
+                guess = some.route_next(event)
+                assert guess is not None
+                found = guess.top_k_index.tolist()[0]
+                num_right += sum(a == b for a, b in zip(found, wanted[layer + 1], strict=True))
+        assert 0.85 < num_right / 400 < 0.95
+        last = RoutingEvent(0, 2, None, torch.zeros(1, 2), torch.zeros(1, 2))
+        assert some.route_next(last) is None
 
 
 def test_a_trace_that_is_not_there_ends_before_a_checkpoint_is_made(

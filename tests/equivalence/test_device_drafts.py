@@ -15,7 +15,10 @@ from fakes import make_engine
 from foreload.errors import CapacityError, ConfigError, UnsupportedModelError
 from foreload.model import device_path
 from foreload.model.device_self_draft import DeviceSelfDraft
+from foreload.model.graph import forward_all
+from foreload.model.kv_cache import make_static_cache, rewind_static
 from foreload.model.source import resolve_model
+from foreload.ops.device_experts import MAX_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,6 +96,38 @@ def test_greedy_tokens_are_those_without_a_draft(
         check(engine)
         assert engine.metrics.num_draft_tokens > 0
         assert engine.expert_memory_bytes == engine.config.expert_memory
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("number", [1, 3, MAX_TOKENS - 1, MAX_TOKENS])
+def test_verifications_give_the_logits_of_the_hosts_loop(
+    checkpoints: dict[str, Path], family: str, number: int
+) -> None:
+    """Behind drafts of any length, rounds that were wound back, and one that is no step."""
+    path, prompt = checkpoints[family], torch.tensor([PROMPTS[1]])
+    host = make_engine(path, dtype="float32", expert_memory="50%")
+    with host, open_device(path, draft="int4", num_draft_tokens=number) as engine:
+        assert engine._device is not None
+        with engine._device.lend_step(128) as step:
+            assert step is not None
+            cache: Any = make_static_cache(host.model, step.num_positions)
+            assert torch.equal(engine._prefill(prompt, step.cache), host.forward(prompt, cache))
+            for num_accepted in (number, 0, 1):
+                drafted: list[int] = []
+
+                def choose(logits: torch.Tensor, drafted: list[int] = drafted) -> int:
+                    drafted.append(int(logits.argmax()))
+                    return drafted[-1]
+
+                with drafter_of(engine).begin(step.cache, number) as this_round:
+                    this_round.draft(7, choose)
+                    found = this_round.verify([7, *drafted]).clone()
+                    this_round.settle(num_accepted)
+                wanted = forward_all(host.model, torch.tensor([[7, *drafted]]), cache)
+                rewind_static(cache, number - num_accepted)
+                assert len(drafted) == number
+                assert torch.equal(found, wanted)
+                check(engine)
 
 
 @pytest.mark.parametrize("number", [4, "auto"])

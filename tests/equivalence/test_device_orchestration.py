@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import zoo
+from fake_cuda import FakeCuda
 from fakes import make_engine
 from foreload.errors import ForeloadError
 from foreload.model import device_plan
@@ -32,22 +33,27 @@ DEMO = "demo"
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, zoo.TinyCheckpoint]:
     return {
-        family: zoo.save_family(family, tmp_path_factory.mktemp(family), torch.float32).path
+        family: zoo.save_family(family, tmp_path_factory.mktemp(family), torch.float32)
         for family in FAMILIES
     }
 
 
-def open_pair(directory: Path, budget: str, **settings: Any) -> tuple[Engine, Engine]:
-    host = make_engine(directory, dtype="float32", expert_memory="50%", **settings)
+@pytest.fixture(scope="module")
+def checkpoints(saved: dict[str, zoo.TinyCheckpoint]) -> dict[str, Path]:
+    return {family: tiny.path for family, tiny in saved.items()}
+
+
+def open_pair(
+    directory: Path, budget: str, *, dtype: str = "float32", **settings: Any
+) -> tuple[Engine, Engine]:
+    host = make_engine(directory, dtype=dtype, expert_memory="50%", **settings)
     top_k = host.spec.top_k
     slots = {"one": 1, "short": max(top_k - 1, 1), "tight": top_k}
     memory = slots_bytes(host, slots[budget]) if budget in slots else budget
     settings = {"predictor": "lookahead", **settings, "expert_memory": memory}
-    device = make_engine(
-        directory, dtype="float32", device="cpu", orchestration="device", **settings
-    )
+    device = make_engine(directory, dtype=dtype, device="cpu", orchestration="device", **settings)
     return host, device
 
 
@@ -57,11 +63,14 @@ def slots_bytes(engine: Engine, number: int) -> int:
     return number * engine.spec.num_moe_layers * block_bytes(layouts)
 
 
+def decoded_tokens() -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, zoo.VOCABULARY, (NUM_DECODED,), generator=generator).tolist()
+
+
 def logits_of(engine: Engine, prompt: list[int], cache: Any) -> Iterator[torch.Tensor]:
     """Yield the logits of a prompt and of fixed tokens behind it."""
-    generator = torch.Generator().manual_seed(0)
-    more = torch.randint(3, zoo.VOCABULARY, (NUM_DECODED,), generator=generator).tolist()
-    for ids in (prompt, *([token] for token in more)):
+    for ids in (prompt, *([token] for token in decoded_tokens())):
         # Never across a yield: two that take turns would leave the mode switched on.
         with torch.inference_mode():
             output = engine.model(
@@ -101,6 +110,57 @@ def test_logits_are_those_of_the_hosts_loop(
         assert stats["num_steps"] == NUM_DECODED + 1
         assert stats["hit_rate"] is not None
         assert stats["prefetch_precision"] > 0, "guesses are brought however few slots there are"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", ["50%", "one"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_logits_are_those_of_transformers(
+    saved: dict[str, zoo.TinyCheckpoint], family: str, budget: str, dtype: str
+) -> None:
+    """A prompt, which is streamed past the slots, and steps of one, three and five tokens."""
+    reference = saved[family].load_reference(getattr(torch, dtype))
+    host, device = open_pair(saved[family].path, budget, dtype=dtype)
+    tokens = zoo.prompt(64)
+    with host, device:
+        models = [reference, host.model, device.model]
+        caches = [make_static_cache(model, tokens.shape[1]) for model in models]
+        for number, ids in enumerate(tokens.split([19, 1, 3, 1, 5, 1, 34], dim=1)):
+            with torch.inference_mode():
+                wanted, *found = (
+                    model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                    for model, cache in zip(models, caches, strict=True)
+                )
+            for logits in found:
+                assert logits.dtype == wanted.dtype == getattr(torch, dtype)
+                assert torch.equal(logits, wanted), f"input {number}, of {ids.shape[1]} tokens"
+            check(device)
+        assert device.stats["hit_rate"] is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_steps_at_fixed_addresses_give_the_logits_of_the_hosts_loop(
+    checkpoints: dict[str, Path], family: str, is_captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, device = open_pair(checkpoints[family], "tight")
+    prompt = list(range(3, 22))
+    with host, device, device._device.lend_step(len(prompt) + NUM_DECODED) as step:  # type: ignore[union-attr]
+        assert step is not None
+        cache = make_static_cache(host.model, step.num_positions)
+        _, *wanted = logits_of(host, prompt, cache)
+        device._prefill(torch.tensor([prompt]), step.cache)
+        cuda = FakeCuda()
+        if is_captured:
+            cuda.install(monkeypatch)
+            step.wants_capture = True
+        for number, (token, logits) in enumerate(zip(decoded_tokens(), wanted, strict=True)):
+            found, likeliest = step.run([token])
+            assert torch.equal(found, logits[0]), f"step {number}"
+            assert torch.equal(likeliest, logits[0].argmax(-1)), f"step {number}"
+            check(device)
+        assert step.is_captured == is_captured
+        assert cuda.log.count("replay") == (NUM_DECODED if is_captured else 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -143,6 +143,8 @@ class TestTheDevice:
             lambda there: bool(there[0] > 0),
             lambda there: there.copy_(torch.ones(3)),
             lambda there: there[there > 0],
+            lambda there: there.__setitem__(there > 0, there[:1]),
+            lambda there: torch.nonzero(there, as_tuple=True),
         ],
     )
     def test_waiting_in_a_capture(self, ask: Any) -> None:
@@ -153,6 +155,34 @@ class TestTheDevice:
                 torch.cuda.graph(torch.cuda.CUDAGraph()),
             ):
                 ask(there)
+
+    def test_a_number_behind_a_mask_is_written_without_waiting(self) -> None:
+        with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch) as machine:
+            there = torch.zeros(2, 2, device="cuda:0")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                there[there < 2] = 7
+                there[there[:, 0] > 8] = 1.5
+            for row, wanted in (([1.0, 2.0], [7.0, 2.0]), ([9.0, 1.0], [1.5, 1.5])):
+                there.copy_(torch.tensor([row, [2.0, 2.0]]))
+                machine.num_syncs = 0
+                graph.replay()
+                assert machine.num_syncs == 0
+                assert there.cpu().tolist() == [wanted, [2.0, 2.0]]
+
+    def test_what_is_not_zero_is_found(self) -> None:
+        with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch) as machine:
+            there = torch.tensor([[0, 3], [5, 0]], device="cuda:0")
+            assert torch.nonzero(there).tolist() == [[0, 1], [1, 0]]
+            rows, columns = torch.nonzero(there, as_tuple=True)
+            assert machine.num_syncs == 3, "each of them waits, and so does reading one"
+            assert (rows.tolist(), columns.tolist()) == ([0, 1], [1, 0])
+
+    def test_matrices_are_multiplied_into_another_element_type(self) -> None:
+        with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch):
+            there = torch.tensor([[1.0, 2**-10]], device="cuda:0").bfloat16()
+            found = torch.mm(there, torch.ones_like(there).t(), out_dtype=torch.float32)
+            assert found.cpu().tolist() == [[1 + 2**-10]]
 
     def test_it_leaves_torch_as_it_was(self) -> None:
         with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch), torch.device("meta"):

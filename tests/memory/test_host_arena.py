@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -147,11 +148,29 @@ def test_an_interruption_leaves_no_thread_that_writes() -> None:
     arena.release()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux moves threads")
 def test_threads_stay_on_the_processors_they_are_given() -> None:
-    arena = HostArena(1, 2, ALIGNMENT)
-    arena.fill(make_plans(1, 2), pack, cpus={0}, backend=InstantBackend)
-    arena.fill(make_plans(1, 2), pack, cpus={100_000}, backend=InstantBackend)
-    arena.release()
+    usual = os.sched_getaffinity(0)
+    one = {max(usual)}
+    # Threads that were given processors which are not there stay where they are.
+    for given, wanted in ((one, one), (None, usual), (set(), usual), ({100_000}, usual)):
+        seen: list[set[int]] = []
+
+        def watch(
+            layer: int,
+            weights: Mapping[str, torch.Tensor],
+            block: torch.Tensor,
+            seen: list[set[int]] = seen,
+        ) -> None:
+            seen.append(os.sched_getaffinity(0))
+            pack(layer, weights, block)
+
+        arena = HostArena(LAYERS, EXPERTS, ALIGNMENT)
+        plans = make_plans(LAYERS, EXPERTS)
+        arena.fill(plans, watch, num_workers=2, cpus=given, backend=InstantBackend)
+        arena.release()
+        assert seen == [wanted] * (LAYERS * EXPERTS)
+        assert os.sched_getaffinity(0) == usual, "this thread is not moved"
 
 
 def test_layers_are_locked_one_by_one_and_unlocked_with_the_memory(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from foreload.ops.device_experts import DeviceExperts, ResidentExperts, TwinKernels
 from foreload.ops.device_layout import StoredFormat, expert_layout, pack_expert, unpack_expert
@@ -195,6 +196,28 @@ def test_every_layout_computes_what_the_twin_does(kind: str, device: str) -> Non
         pair.run(1, index)
 
 
+@pytest.mark.parametrize("num_slots", range(1, 7))
+def test_any_number_of_slots_computes_what_the_twin_does(num_slots: int, device: str) -> None:
+    kind, sizes = KINDS["gated"], (37, 21)
+    assert kind.num_experts == 6
+    pair = Pair(
+        kind,
+        StoredFormat.FLOAT32,
+        torch.float32,
+        sizes,
+        device,
+        num_slots=num_slots,
+        second_slots=num_slots,
+    )
+    for layer, steps in ((0, ONE[:4]), (1, THREE[:2])):
+        asked: set[int] = set()
+        for index in steps:
+            pair.run(layer, index)
+            asked.update(expert for row in index for expert in row if expert < 6)
+        held = pair.kernels.tables.expert_of[layer]
+        assert int((held >= 0).sum()) == min(num_slots, len(asked))
+
+
 @pytest.mark.parametrize("stored", StoredFormat, ids=lambda stored: stored.value)
 @pytest.mark.parametrize("kind", ["gated", "gpt-oss"])
 def test_every_format_computes_what_the_twin_does(
@@ -307,33 +330,33 @@ def test_prefetched_blocks_are_whole_and_hit(device: str) -> None:
     assert slot_of[8] < 0, "every slot holds something likelier"
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_any_sequence_leaves_the_tables_that_the_twin_leaves(seed: int, device: str) -> None:
-    draw = random.Random(seed)
-    num_experts = draw.choice([2, 5, 9, 40])
-    top_k = draw.randint(1, min(4, num_experts))
-    most_tokens = draw.randint(1, 5)
-    num_slots = draw.randint(1, num_experts)
-    found = make_tables([num_slots], num_experts, device)
-    wanted = make_tables([num_slots], num_experts)
+@given(st.data())
+@settings(max_examples=40)
+def test_any_sequence_leaves_the_tables_that_the_twin_leaves(
+    device: str, data: st.DataObject
+) -> None:
+    num_experts = data.draw(st.sampled_from([1, 2, 5, 9, 40]), label="E")
+    top_k = data.draw(st.integers(1, min(4, num_experts)), label="K")
+    slots = data.draw(st.lists(st.integers(1, num_experts), min_size=1, max_size=3), label="slots")
+    found, wanted = make_tables(slots, num_experts, device), make_tables(slots, num_experts)
     both: tuple[tuple[Any, DeviceTables], ...] = ((TritonKernels(), found), (TwinKernels(), wanted))
-    for _ in range(8):
-        # Duplicates too, and ids that stand for no expert.
-        row = range(top_k)
-        rows = range(draw.randint(1, most_tokens))
-        ids = torch.tensor([[draw.randint(0, num_experts + 1) for _ in row] for _ in rows])
-        if draw.random() < 0.6:
-            limit = draw.choice([num_experts - 1, num_experts])
-            works = [
-                kernels.assign_slots(tables, 0, ids.to(tables.clock.device), num_experts=limit)
-                for kernels, tables in both
-            ]
-        else:
-            most = draw.randint(1, 3)
-            works = [
-                kernels.assign_prefetch(tables, 0, ids.to(tables.clock.device), max_fetches=most)
-                for kernels, tables in both
-            ]
+    # Duplicates too, and ids that stand for no expert.
+    row = st.lists(st.integers(0, num_experts + 1), min_size=top_k, max_size=top_k)
+    for _ in range(data.draw(st.integers(1, 8), label="steps")):
+        layer = data.draw(st.integers(0, len(slots) - 1), label="layer")
+        rows = data.draw(st.lists(row, min_size=1, max_size=5), label="ids")
+        limit = data.draw(st.sampled_from([None, num_experts - 1, num_experts]), label="demand of")
+        if limit is None:
+            # Tokens of a round that are still to come have rows of -1.
+            rows += data.draw(st.integers(0, 2), label="to come") * [[-1] * top_k]
+            most = data.draw(st.integers(1, 3), label="fetches")
+        works = [
+            kernels.assign_prefetch(tables, layer, ids, max_fetches=most)
+            if limit is None
+            else kernels.assign_slots(tables, layer, ids, num_experts=limit)
+            for kernels, tables in both
+            for ids in [torch.tensor(rows, device=tables.clock.device)]
+        ]
         for mine, theirs in zip(*works, strict=True):
             assert mine.cpu().tolist() == theirs.tolist()
         same_tables(found, wanted)
