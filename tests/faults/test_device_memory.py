@@ -1,4 +1,4 @@
-"""A device that runs out of memory, or may not lock the host's, says so; the engine stays usable."""
+"""A device that runs out of memory, or may not lock the host's, says so, and work goes on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from foreload import engine as engine_module
 from foreload.errors import CapacityError, ConfigError
 from foreload.memory import cuda
 from foreload.memory.host_arena import HostArena
+from foreload.model import graph
 from foreload.model import runtime as runtime_module
 from foreload.ops import device_experts
 from foreload.ops.device_experts import TwinKernels
@@ -105,6 +106,8 @@ def test_what_was_to_be_fetched_is_not_taken_for_there(
         )
         with pytest.raises(CapacityError, match="ran out of memory") as caught:
             run(engine)
+        doing = "the model ran" if run is by_model else "text was generated"
+        assert f"while {doing}" in str(caught.value), "it is told where it was begun"
         assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
         assert "prefill_chunk or expert_memory" in str(caught.value.hint)
         path = engine._device
@@ -254,20 +257,21 @@ class TestCaptures:
     GIVEN = {"device": "cuda", "dtype": "float32", "orchestration": "device"}  # noqa: RUF012
 
     def test_a_model_that_cannot_be_captured_is_told_once_per_engine(
-        self, tmp_path: Path, device: Machine, caplog: pytest.LogCaptureFixture
+        self,
+        tmp_path: Path,
+        device: Machine,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(graph, "_LEAST_POSITIONS", 8)
         path = zoo.save_family("phimoe", tmp_path / "model", torch.float32).path
         how = {**self.GIVEN, "draft": "int8", "num_draft_tokens": 2}
         with make_engine(path, expert_memory="200%", **how) as engine:
-            for num_tokens in (NUM_TOKENS, 300):
-                step = engine._lend_step(num_tokens)
-                with step as lent:
-                    assert lent is not None
-                engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)
-            with engine._lend_step(300):
-                engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)
+            # The second wants a larger KV cache.
+            for num_tokens in (3, 12):
+                engine.generate(PROMPT, max_new_tokens=num_tokens)
             engine.replan_slots("equal")
-            engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)
+            engine.generate(PROMPT, max_new_tokens=3)
         assert (device.num_captures, device.num_replays) == (1, 0)
         assert caplog.text.count("cannot be captured") == 1
 
