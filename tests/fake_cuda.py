@@ -6,7 +6,7 @@ left in the pool. A replay runs it again, and spoils what every other graph left
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ class FakeCuda:
         log: What was done.
         phase: "warm up" or "capture" while one is going on.
         graphs: Those that were captured.
+        home: The stream that work is on outside of warming up and capturing.
+        current: The stream that work is on.
     """
 
     def __init__(self, *, fails: bool = False) -> None:
@@ -66,11 +68,14 @@ class FakeCuda:
         self.phase = ""
         self.graphs: list[FakeGraph] = []
         self.own_step = StepGraph._step
+        self.home, self.side = (
+            SimpleNamespace(wait_stream=lambda other: self.log.append("wait")) for _ in range(2)
+        )
+        self.current = self.home
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stream = SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: self.side)
         monkeypatch.setattr(torch.cuda, "stream", self.on_stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
@@ -81,8 +86,12 @@ class FakeCuda:
 
     @contextmanager
     def on_stream(self, stream: Any) -> Iterator[None]:
-        with self.doing("warm up"):
-            yield
+        before, self.current = self.current, stream
+        try:
+            with self.doing("warm up") if stream is self.side else nullcontext():
+                yield
+        finally:
+            self.current = before
 
     @contextmanager
     def graph(
@@ -91,8 +100,11 @@ class FakeCuda:
         assert capture_error_mode == "thread_local"
         graph.handle = object() if pool is None else pool
         self.graphs.append(graph)
+        before, self.current = self.current, stream
         with self.doing("capture"):
             yield
+        # As torch's own: one that breaks stays on the stream it was captured on.
+        self.current = before
 
     @contextmanager
     def doing(self, phase: str) -> Iterator[None]:

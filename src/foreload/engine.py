@@ -27,7 +27,7 @@ from foreload.decode.clock import RequestClock
 from foreload.decode.loop import decode
 from foreload.decode.prompt import encode_prompt
 from foreload.errors import CapacityError, ConfigError, ForeloadError, UnsupportedModelError
-from foreload.memory.cuda import find_device, is_out_of_memory, measure_shortage
+from foreload.memory.cuda import find_device, is_capturing, is_out_of_memory, measure_shortage
 from foreload.memory.disk import DiskBackend
 from foreload.metrics import Metrics, Timeline
 from foreload.model.device_path import DevicePath
@@ -147,6 +147,7 @@ class Engine:
         self._handles: list[Any] = []
         # By thread, as forwards are.
         self._computing: set[int] = set()
+        self._computes_on = find_device(config.device)
         self._is_draft_optional = is_draft_optional
         self._host: HostPath | None = None
         self._device: DevicePath | None = None
@@ -534,7 +535,7 @@ class Engine:
     def _within_memory(self, doing: str, hint: str) -> Iterator[None]:
         """Make a CapacityError of a device that runs out of memory; the engine stays usable."""
         thread = threading.get_ident()
-        if thread in self._computing:
+        if thread in self._computing or is_capturing(self._computes_on):
             # Told where it was begun, when all that it was in the middle of has been left.
             yield
             return
@@ -544,7 +545,7 @@ class Engine:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            needed, available = measure_shortage(error, find_device(self.config.device))
+            needed, available = measure_shortage(error, self._computes_on)
             # They keep what was computed so far for as long as anybody keeps the error.
             traceback.clear_frames(error.__traceback__)
             if self._device is not None:

@@ -244,6 +244,7 @@ class TestFigures:
             (torch.OutOfMemoryError("no more"), True),
             (RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAlloc"), True),
             (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+            (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
             (RuntimeError("operation not permitted when stream is capturing"), False),
             (ValueError("out of memory"), False),
         ],

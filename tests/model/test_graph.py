@@ -269,7 +269,9 @@ def test_one_step_that_cannot_be_captured_speaks_for_all(
             torch.testing.assert_close(wide.run([12, 13])[0], torch.stack(wanted[1:]))
         steps.release()
     assert cuda.log == ["wait", "warm up", "wait", "capture"]
+    assert cuda.current is cuda.home, "work goes on where it was"
     assert len(caplog.records) == 1
+    assert "not permitted" in caplog.text
 
 
 @pytest.mark.parametrize("is_hidden", [False, True])

@@ -31,6 +31,7 @@ __all__ = [
     "find_device",
     "free_bytes",
     "has_device",
+    "is_capturing",
     "is_out_of_memory",
     "measure_shortage",
     "on_device",
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 _REGISTER_FLAGS = 1 | 2
 """cudaHostRegisterPortable, whichever device is the current one, and cudaHostRegisterMapped: the
 device gets an address for the memory, equal to the host's."""
+
+
+_SHORTAGES = ("out of memory", "ALLOC_FAILED")
 
 
 def has_device() -> bool:
@@ -83,10 +87,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that a device is out of memory: torch, driver or Triton."""
+    """Tell whether a device is out of memory, as torch, driver, Triton or cuBLAS say it."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error)
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SHORTAGES)
     )
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether this thread's stream is in a capture, where nothing may be waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def measure_shortage(error: BaseException, device: torch.device) -> tuple[int, int]:

@@ -113,20 +113,27 @@ class GraphPool:
                 return False
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(
-                    graph,
-                    pool=self._handle(),
-                    stream=self._stream,
-                    capture_error_mode="thread_local",
+                # One that breaks may leave this thread on the stream it was captured on.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(
+                        graph,
+                        pool=self._handle(),
+                        stream=self._stream,
+                        capture_error_mode="thread_local",
+                    ),
                 ):
                     run()
             except RuntimeError as error:
-                # A capture that was broken off may not be ended either, which hides the reason.
-                for each in (error, error.__context__):
-                    if each is not None and is_out_of_memory(each):
-                        raise each from None
+                # One that was broken off may not be ended either, which hides the reason.
+                causes = _causes(error)
+                for cause in causes:
+                    if is_out_of_memory(cause):
+                        raise cause from None
                 self.can_capture = False
-                logger.warning("this model's step cannot be captured, and runs as it is: %s", error)
+                logger.warning(
+                    "this model's step cannot be captured, and runs as it is: %s", causes[-1]
+                )
                 return False
             step.graph = graph
             self._steps.add(step)
@@ -135,6 +142,14 @@ class GraphPool:
     def _handle(self) -> Any:
         """Name the pool of the graphs there are; None makes a new one."""
         return next((step.graph.pool() for step in self._steps if step.graph is not None), None)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Give an error and those it was raised in the handling of, the first to happen last."""
+    found = [error]
+    while (cause := found[-1].__context__) is not None and cause not in found:
+        found.append(cause)
+    return found
 
 
 class StepGraph:
@@ -211,9 +226,10 @@ class StepGraph:
                 self.graph.replay()
             else:
                 self._outputs = self._step()
-        if self._outputs is None:
-            raise RuntimeError("the step left no logits")
-        return self._outputs
+            # Under the lock: whoever closes the step takes them away.
+            if self._outputs is None:
+                raise RuntimeError("the step left no logits")
+            return self._outputs
 
     def __call__(self, token: int) -> Tensor:
         """Give the logits (V,) behind one token, on the CPU."""
