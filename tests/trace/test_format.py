@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -197,3 +198,19 @@ def test_a_cut_off_compressed_trace_is_refused(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(whole[:-60]))
     with pytest.raises(TraceError, match=r"no JSON|without its end"):
         read_trace(path)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "real.jsonl")
+    write(link, make_trace())
+    assert link.is_symlink()
+    assert (tmp_path / "real.jsonl").stat().st_size > 0
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(TraceError, match="is no file"):
+        TraceWriter(pipe, INFO, num_layers=2, num_experts=8)
+    assert pipe.is_fifo()

@@ -48,7 +48,10 @@ class TraceWriter:
     """
 
     def __init__(self, path: Path, info: TraceInfo, *, num_layers: int, num_experts: int) -> None:
-        self._path = path
+        # Through links: what they lead to is written, and they stay.
+        self._path = path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise TraceError(f"cannot write {path}: it is no file", hint="choose another --output")
         self._part = path.with_name(path.name + ".part")
         self._num_steps = 0
         self._num_visits = 0
