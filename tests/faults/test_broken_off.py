@@ -84,7 +84,8 @@ def test_errors_now_and_then_never_give_wrong_tokens(
     engine = open_engine(expert_memory="25%", predictor="lookahead", backend=reads.backend)
     reads.should_fail = lambda number: chance.random() < 0.01
     outcomes: list[Any] = []
-    for _ in range(12):
+    # One in three gets through; which, is up to the threads that read.
+    while len(outcomes) < 12 or (len(outcomes) < 200 and len({o is None for o in outcomes}) < 2):
         try:
             outcomes.append(finish(lambda: engine.generate(PROMPT, max_new_tokens=8)).token_ids)
         except TransferError:
