@@ -463,7 +463,7 @@ class Engine:
     def _open_host_path(self, predictor: Predictor | None, **parts: Any) -> None:
         """Build what brings experts as the host decides, and let it run the MoE layers."""
         config, loaded = self.config, self._loaded
-        device = find_device(config.device)
+        device = self._computes_on
         sum_rules = find_sum_rules(loaded.sites, self.model.dtype)
         if device != self.model.device:
             self.model.to(device)
@@ -499,7 +499,7 @@ class Engine:
     ) -> None:
         """Build what fetches experts from host memory, and let it run the MoE layers."""
         config, loaded = self.config, self._loaded
-        device = find_device(config.device)
+        device = self._computes_on
         sum_rules = find_sum_rules(loaded.sites, self.model.dtype)
         self.model.to(device)
         predictor = make_tensor_predictor(config, loaded, self.cache_dir)

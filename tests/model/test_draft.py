@@ -6,30 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from drafting import KINDS, MOST_ERROR, build, errors_of, make_inputs, read
+from drafting import KINDS, MOST_ERROR, errors_of, make_inputs, read
 from streaming import StreamedExperts
 
 from foreload.errors import ForeloadError
-from foreload.model.hf import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from foreload.model.hf import LoadedModel
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoint: Path) -> LoadedModel:
-    return load_model(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def folders(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A draft of each kind."""
-    found = {kind: tmp_path_factory.mktemp("drafts") / kind for kind in KINDS}
-    for kind, folder in found.items():
-        build(loaded, folder, kind)
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,20 +25,6 @@ if TYPE_CHECKING:
     from foreload.model.hf import LoadedModel
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoint: Path) -> LoadedModel:
-    return load_model(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def folders(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A draft of each kind."""
-    found = {kind: tmp_path_factory.mktemp("drafts") / kind for kind in KINDS}
-    for kind, folder in found.items():
-        build(loaded, folder, kind)
-    return found
-
-
 class TestBuilding:
     def test_progress_comes_to_all_bytes(self, loaded: LoadedModel, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []

@@ -42,7 +42,7 @@ def read_experts(
         for piece in range(backend.num_pieces(plans[number])):
             backend.copy_piece(plans[number], number % 2, piece)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="foreload-draft") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="foreload-reader") as pool:
         try:
             coming = pool.submit(read, 0)
             for number, plan in enumerate(plans):
