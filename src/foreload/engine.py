@@ -12,9 +12,8 @@ import inspect
 import logging
 import threading
 import time
-import traceback
 from collections import Counter
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -27,7 +26,7 @@ from foreload.decode.clock import RequestClock
 from foreload.decode.loop import decode
 from foreload.decode.prompt import encode_prompt
 from foreload.errors import CapacityError, ConfigError, ForeloadError, UnsupportedModelError
-from foreload.memory.cuda import find_device, is_capturing, is_out_of_memory, measure_shortage
+from foreload.memory.cuda import find_device
 from foreload.memory.disk import DiskBackend
 from foreload.metrics import Metrics, Timeline
 from foreload.model.device_path import DevicePath
@@ -35,6 +34,7 @@ from foreload.model.graph import forward_all
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.host_path import HostPath
 from foreload.model.kv_cache import make_kv_cache, rewind
+from foreload.model.memory_guard import MemoryGuard
 from foreload.model.selfcheck import find_sum_rules
 from foreload.model.source import resolve_model
 from foreload.model.watching import watch_logits, watch_residuals
@@ -88,8 +88,6 @@ logger = logging.getLogger(__name__)
 
 _IDLE_ROUNDS = 60
 """Rounds in a row without a draft, probes aside, after which an optional one is dropped."""
-
-_LESS_AT_ONCE = "use a shorter prompt, or set prefill_chunk or expert_memory to less"
 
 
 class Engine:
@@ -145,15 +143,14 @@ class Engine:
         self._cancelling = threading.RLock()
         self._closed = False
         self._handles: list[Any] = []
-        # By thread, as forwards are.
-        self._computing: set[int] = set()
         self._computes_on = find_device(config.device)
+        self._guard = MemoryGuard(self._computes_on)
         self._is_draft_optional = is_draft_optional
         self._host: HostPath | None = None
         self._device: DevicePath | None = None
         self.drafter: SelfDraft | DeviceSelfDraft | None = None
         try:
-            with self._within_memory("while the engine was opened", "set expert_memory to less"):
+            with self._guard.within("while the engine was opened", "set expert_memory to less"):
                 if config.orchestration == "device":
                     self._open_device_path(host_progress, draft_progress)
                 else:
@@ -165,7 +162,7 @@ class Engine:
                         link=link,
                         draft_progress=draft_progress,
                     )
-            self._watch_memory()
+            self._guard.watch(self.model)
         except BaseException:
             self.close()
             raise
@@ -270,7 +267,7 @@ class Engine:
         cancelled = threading.Event()
         with self._cancelling:
             self._cancelled.add(cancelled)
-        return self._give(self._stream(prompt_ids, config, submitted_s, cancelled))
+        return self._guard.each(self._stream(prompt_ids, config, submitted_s, cancelled))
 
     def cancel(self) -> None:
         """End every stream there is, after its current token; may be called from any thread."""
@@ -291,7 +288,7 @@ class Engine:
             self.drafter.release()
         for handle in self._handles:
             handle.remove()
-        self.model.__dict__.pop("forward", None)
+        self._guard.unwatch(self.model)
         detach(self._loaded.sites)
         if self._device is not None:
             self._device.release()
@@ -379,7 +376,7 @@ class Engine:
         """
         self._require_open()
         device = self._require_device()
-        with self._within_memory("while slots were divided anew", "set expert_memory to less"):
+        with self._guard.within("while slots were divided anew", "set expert_memory to less"):
             device.divide_slots(slot_plan)
         is_equal = isinstance(slot_plan, str) and slot_plan == "equal"
         self.config = self.config.with_values(slot_plan="equal" if is_equal else device.slots)
@@ -523,6 +520,7 @@ class Engine:
             num_draft_tokens=None if isinstance(tokens, str) else tokens,
             draft_progress=draft_progress,
         )
+        self._guard.recover = path.recover
         self.drafter = path.drafter
         attach(loaded.sites, path.runtime.run_layer)
         if predictor is not None:
@@ -530,56 +528,6 @@ class Engine:
             self._handles += watch_residuals(loaded.sites, path.runtime.see_residual)
         if isinstance(policy, SpeculateWhen):
             self._handles += watch_logits(loaded.sites, path.policy.see_logits)
-
-    @contextmanager
-    def _within_memory(self, doing: str, hint: str) -> Iterator[None]:
-        """Make a CapacityError of a device that runs out of memory; the engine stays usable."""
-        thread = threading.get_ident()
-        if thread in self._computing or is_capturing(self._computes_on):
-            # Told where it was begun, when all that it was in the middle of has been left.
-            yield
-            return
-        self._computing.add(thread)
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            needed, available = measure_shortage(error, self._computes_on)
-            # They keep what was computed so far for as long as anybody keeps the error.
-            traceback.clear_frames(error.__traceback__)
-            if self._device is not None:
-                self._device.recover()
-            raise CapacityError(
-                f"the device ran out of memory {doing}",
-                needed_bytes=needed,
-                available_bytes=available,
-                setting="expert_memory",
-                hint=hint,
-            ) from error
-        finally:
-            self._computing.discard(thread)
-
-    def _watch_memory(self) -> None:
-        """Let calls of `model` tell as the engine's own do what runs out of memory."""
-        forward = self.model.forward
-
-        @functools.wraps(forward)
-        def within_memory(*args: Any, **kwargs: Any) -> Any:
-            with self._within_memory("while the model ran", _LESS_AT_ONCE):
-                return forward(*args, **kwargs)
-
-        self.model.forward = within_memory
-
-    def _give(self, chunks: Generator[Chunk]) -> Iterator[Chunk]:
-        """Give what a stream brings; between two chunks this thread is the caller's."""
-        with closing(chunks):
-            while True:
-                with self._within_memory("while text was generated", _LESS_AT_ONCE):
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                yield chunk
 
     def _count(self) -> None:
         """Bring the counters up to date where others have counted."""
