@@ -4,7 +4,7 @@ Every number is of one layer: 128 experts of hidden size 2,048 and intermediate 
 token. Steps run as one captured graph, each with experts of its own, so that neither launches nor
 the GPU's cache are what is measured.
 
-    python benchmarks/device_kernels.py --output kernels.json
+    PYTHONPATH=src:benchmarks python benchmarks/device_kernels.py --output kernels.json
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from gpu.common import describe_run
 
 from foreload.ops.device_experts import DeviceExperts, TwinKernels
 from foreload.ops.device_layout import ExpertLayout, StoredFormat, expert_layout, pack_expert
@@ -227,8 +228,7 @@ def main() -> None:
 
     kernels = TritonKernels()
     results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **describe_run(),
         "formats": {},
     }
     for stored in (StoredFormat.BFLOAT16, *(s for s in StoredFormat if not s.is_plain)):

@@ -4,9 +4,9 @@
     PYTHONPATH=src:benchmarks python -m gpu replay --trace FILE --output FOLDER
 
 Each stage is to end well within ten minutes and writes a JSON file under `--output`, after every
-row and whatever broke. Run through `scripts/gpu`, which has the stages that are tests and kernels
-alone as well. Nothing here runs on a machine without such a device;
-`tests/bench/test_gpu_stages.py` runs every stage on one that is not there.
+row and whatever broke. Run through `scripts/gpu`, which has the stage of the bare kernels as well.
+Nothing here runs on a machine without such a device; `tests/bench/test_gpu_stages.py` runs every
+stage on one that is not there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from foreload.memory.cuda import has_device
 from gpu.checks import equivalence, sampling
-from gpu.common import Settings, broken
+from gpu.common import Settings, broken, describe_run
+from gpu.kernels import kernels
+from gpu.predictors import predictors
 from gpu.profiles import profile
 from gpu.replays import replay
 from gpu.staged import tiers
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from gpu.common import Row
 
 STAGES: dict[str, Callable[[Settings], Iterator[Row]]] = {
+    "kernels": kernels,
     "equivalence": equivalence,
     "tiers": tiers,
     "sampling": sampling,
+    "predictors": predictors,
     "suites": suites,
     "baselines": baselines,
     "speculation": speculation,
@@ -60,10 +62,15 @@ def main(argv: Sequence[str] | None = None, **sizes: Any) -> None:
     parser.add_argument("--trace", type=Path, help="recorded routing, for replay")
     parser.add_argument("--layers", type=int, default=6, help="layers of the model to replay on")
     parser.add_argument("--trials", type=int, default=5, dest="num_trials", help="texts per arm")
+    parser.add_argument("--shares", type=_numbers, help="percent of all experts, such as 15,30")
+    parser.add_argument("--arms", type=_words, default=(), help="of the suites', or all")
+    parser.add_argument("--contexts", type=_numbers, default=(100,), help="tokens of the prompt")
     arguments = vars(parser.parse_args(argv))
     if not has_device():
         sys.exit("this needs a CUDA device, and torch sees none here")
     stages = arguments.pop("stages")
+    if shares := arguments.pop("shares"):
+        arguments |= dict.fromkeys(("shares", "speculation_shares", "draft_shares"), shares)
     settings = Settings(**{**arguments, **sizes})
     settings.output.mkdir(parents=True, exist_ok=True)
     # A stage that broke leaves the others to run.
@@ -71,9 +78,17 @@ def main(argv: Sequence[str] | None = None, **sizes: Any) -> None:
     sys.exit(0 if all(fine) else 1)
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
 def run_stage(stage: str, settings: Settings) -> bool:
     """Runs a stage, keeps every row at once, and tells whether all were fine."""
-    result: Row = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
+    result: Row = {**describe_run(), "rows": []}
     begun = time.perf_counter()
 
     def keep(row: Row) -> None:

@@ -19,6 +19,7 @@ from foreload.bench.measure import load_all
 from foreload.model.graph import StepGraphs, forward_all
 from foreload.model.kv_cache import make_kv_cache, make_static_cache
 from foreload.model.sites import discover_sites
+from foreload.predict.estimator import Estimator
 from foreload.trace.record import RoutingRecorder
 from foreload.types import RouterOutput
 from gpu.common import DEVICE, load_resident, open_engine, open_staged
@@ -66,8 +67,12 @@ class _Guesses:
     name = "told"
 
     def __init__(self, steps: list[Tensor]) -> None:
-        self._steps = steps
         self._now = torch.zeros_like(steps[0], device=DEVICE)
+        self.tell(steps)
+
+    def tell(self, steps: list[Tensor]) -> None:
+        """Has it guess these steps from now on, at the addresses it has."""
+        self._steps = steps
 
     def begin(self, number: int) -> None:
         """Sets what is guessed in a step; the host does not wait."""
@@ -92,10 +97,7 @@ class Forcing:
     def __init__(
         self, demands: Sequence[Sequence[Sequence[int]]], top_k: int, num_experts: int
     ) -> None:
-        self._steps = [
-            torch.tensor([[experts[:top_k]] for experts in layers], pin_memory=True)
-            for layers in demands
-        ]
+        self._steps = _pin_steps(demands, top_k)
         self._top_k = top_k
         self._num_experts = num_experts
         self._now = torch.zeros_like(self._steps[0], device=DEVICE)
@@ -133,32 +135,68 @@ class Forcing:
         return hidden, self._now[layer], weights[:, : self._top_k].contiguous()
 
 
+class Told:
+    """Guesses what a text's own trace says, text by text: an oracle of the next layer.
+
+    Args:
+        traces: Routing of each text, the prompt being its first step.
+        top_k: Experts of a token.
+    """
+
+    def __init__(self, traces: Sequence[tuple[Workload, RoutingTrace]], top_k: int) -> None:
+        self._steps = {}
+        for text, trace in traces:
+            demands = [[visit.experts for visit in step] for step in trace.steps[1:]]
+            self._steps[_prompt(text)] = _pin_steps(demands, top_k)
+        self.guesses = _Guesses(next(iter(self._steps.values())))
+
+    def start(self, text: Workload) -> None:
+        """Has the guesses be of this text."""
+        self.guesses.tell(self._steps[_prompt(text)])
+
+    def begin(self, number: int) -> None:
+        """Sets what is guessed in a step."""
+        self.guesses.begin(number)
+
+
+def _pin_steps(demands: Sequence[Sequence[Sequence[int]]], top_k: int) -> list[Tensor]:
+    """Gives (L, 1, K) page-locked indices of each step."""
+    return [
+        torch.tensor([[list(experts[:top_k])] for experts in layers], pin_memory=True)
+        for layers in demands
+    ]
+
+
+def _prompt(text: Workload) -> tuple[int, ...]:
+    return text.token_ids[: text.num_prompt_tokens]
+
+
 class _Steps:
     """The forward of a forced run: the prompt first, then one token at a time.
 
     Args:
         prefill: From the prompt's token ids (1, T) and a cache to the last logits (V,).
         ask: From a token to the logits (V,) behind it, waited for.
-        forcing: Where single tokens are sent; None lets the routers say.
+        teller: Told of each single token's step before it; None where nothing is.
     """
 
     def __init__(
         self,
         prefill: Callable[[Tensor, Any], Tensor],
         ask: Callable[[int], Tensor],
-        forcing: Forcing | None = None,
+        teller: Forcing | Told | None = None,
     ) -> None:
         self._prefill = prefill
         self._ask = ask
-        self._forcing = forcing
+        self._teller = teller
         self._number = -1
 
     def __call__(self, token_ids: Tensor, kv_cache: Any) -> Tensor:
         number, self._number = self._number, self._number + 1
         if number < 0:
             return self._prefill(token_ids, kv_cache).to(DEVICE)
-        if self._forcing is not None:
-            self._forcing.begin(number)
+        if self._teller is not None:
+            self._teller.begin(number)
         return self._ask(int(token_ids)).to(DEVICE)
 
 
@@ -201,6 +239,7 @@ class _Counts:
         engine._count()
         counted = engine.metrics.since(self._before)
         found = {
+            "orchestration": engine.config.orchestration,
             "num_slots": engine.num_slots,
             "hit_rate": counted.hit_rate,
             "bytes_per_token": counted.bytes_moved / num_tokens,
@@ -225,9 +264,19 @@ def device_arm(
     *,
     forcing: Forcing | None = None,
     recall: float | None = None,
+    told: Told | None = None,
     **settings: Any,
 ) -> Iterator[RunText]:
-    """Opens an engine whose device decides; `recall` is that of guesses at a forced routing."""
+    """Opens an engine whose device decides.
+
+    Args:
+        model: The checkpoint.
+        share: Of all experts, percent.
+        forcing: Where single tokens are sent; None lets the routers say.
+        recall: That of guesses at a forced routing.
+        told: Guesses in place of the predictor's.
+        **settings: Of the engine.
+    """
     with open_engine(model, share, **settings) as engine:
         path = engine._device
         if path is None:
@@ -236,9 +285,13 @@ def device_arm(
             forcing.attach(engine.model)
             if recall is not None:
                 path.runtime._predictor = forcing.guess(recall)
+        if told is not None:
+            path.runtime._predictor = told.guesses
 
         def run(workload: Workload) -> Outcome:
             counts = _Counts(engine)
+            if told is not None:
+                told.start(workload)
             with path.lend_step(len(workload.token_ids)) as step:
                 if step is None:
                     raise RuntimeError(f"{engine.spec.architecture} has no static KV cache")
@@ -247,7 +300,7 @@ def device_arm(
                 if engine.drafter is not None:
                     ran = run_rounds(engine.drafter, counts.prefill, workload, step.cache)
                 else:
-                    steps = _Steps(counts.prefill, launches, forcing)
+                    steps = _Steps(counts.prefill, launches, told or forcing)
                     ran = run_forced(steps, workload, step.cache)
             counted = {"is_captured": is_captured, **counts.since(workload)}
             return Outcome(ran, launches.took_s, counted)
@@ -274,11 +327,24 @@ def host_arm(
     *,
     forcing: Forcing | None = None,
     is_layerwise: bool = False,
+    is_pure: bool = False,
     **settings: Any,
 ) -> Iterator[RunText]:
-    """Opens an engine whose host decides, with every expert in page-locked host memory."""
+    """Opens an engine whose host decides, with every expert in page-locked host memory.
+
+    Args:
+        model: The checkpoint.
+        share: Of all experts on the device, percent.
+        forcing: Where single tokens are sent; None lets the routers say.
+        is_layerwise: Whether a layer waits for all of its experts.
+        is_pure: Whether an estimator speaks for every layer.
+        **settings: Of the engine.
+    """
     with open_staged(model, share, 100, **settings) as engine:
         engine.tiers.is_layerwise = is_layerwise
+        predictor = engine.runtime.predictor
+        if is_pure and isinstance(predictor, Estimator):
+            engine.runtime.predictor = predictor.make_pure()
         load_all(engine)
         if forcing is not None:
             forcing.attach(engine.model)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import traceback
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from foreload import Engine
 from foreload.model.hf import load_model
@@ -14,7 +19,6 @@ from foreload.model.hf import load_model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import Tensor
 
     Row = dict[str, Any]
@@ -56,8 +60,32 @@ class Settings:
     num_recorded_tokens: int = 640
     speculation_shares: tuple[float, ...] = (15, 30)
     draft_shares: tuple[float, ...] = (45, 70)
+    # Of the suites' own arms: a few by default, these by name, or "all".
+    arms: tuple[str, ...] = ()
+    contexts: tuple[int, ...] = (100,)
+    num_training_tokens: int = 18_000
     plan_share: float = 30
     link_bytes: int = 1 << 28
+
+
+def describe_run() -> Row:
+    """Gives what a result was measured with; the commit as the environment's COMMIT has it."""
+    packages = ("torch", "transformers", "triton", "accelerate")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cores": os.cpu_count(),
+        "commit": os.environ.get("COMMIT"),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def open_engine(model: str | Path, share: float, **settings: Any) -> Engine:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from foreload.bench.arm import Arm
+from foreload.bench.moe_speq import MOE_SPEQ_ARMS
+from foreload.bench.speculating_experts import SPECULATION_ARMS
 from foreload.model.hf import load_model
 from foreload.recording import record_trace
 from foreload.trace.replay import replay as replay_trace
@@ -20,10 +24,11 @@ from gpu.arms import (
     record_routing,
 )
 from gpu.common import attempt, open_engine, shares_of, show, widened_demo
+from gpu.suite_arms import contenders, pick_arms, tell_left_out
 from gpu.trials import Comparison, Contender, Texts, read_windows, run_trials, spread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from foreload.bench.workload import Workload
@@ -33,8 +38,23 @@ if TYPE_CHECKING:
 WITHIN_GRAPH, WITHIN_LIMIT, LAUNCH_MS = 1.10, 1.15, 0.2
 PAPER_CUT, PAPER_RATIO = 0.14, 2.34
 LRU = {"eviction": "lru", "predictor": "none"}
-# Only a guess one layer ahead can be executed.
-GUESSES = {"predictor": "lookahead", "lookahead_layers": 1}
+DEVICE_LRU = Arm("device-lru", {"predictor": "none"})
+USUAL_DRAFTS = (DEVICE_LRU.name, "lru", "no-draft", "draft-4", "draft-8", "governor")
+USUAL_SPECULATION = (
+    "layerwise-on-demand",
+    "layerwise-speculate",
+    "cache",
+    "cache-prefetch",
+    "cache-speculate",
+    "cache-speculate-when-90",
+)
+# Beside which arm a name's beginning is set: the same memory, used alike.
+CUTS = {
+    "layerwise-": "layerwise-on-demand",
+    "prefetch": "on-demand",
+    "speculate-": "on-demand",
+    "cache-": "cache",
+}
 
 
 class Bench(NamedTuple):
@@ -115,62 +135,52 @@ def baselines(settings: Settings) -> Iterator[Row]:
 
 def speculation(settings: Settings) -> Iterator[Row]:
     """Times executed guesses: without a cache as the paper does, and with one on the device."""
-    model = widened_demo(settings)
-    windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
-    with open_bench(settings, model, windows) as bench:
-        shares = shares_of(model, settings.speculation_shares)
-        no_cache = {"eviction": "none", "is_layerwise": True}
-        arms = [
-            on_host(bench, "layerwise-on-demand", shares[0], predictor="none", **no_cache),
-            on_host(
-                bench, "layerwise-speculate", shares[0], policy="speculate", **GUESSES, **no_cache
-            ),
-        ]
-        found = run_trials(settings, [*bench.resident, *arms], bench.texts)
-        yield from tell_all(found, {"share": shares[0]})
-        yield tell_cut(found, shares[0], "layerwise-speculate", "layerwise-on-demand")
-        for share in shares:
-            arms = [
-                on_device(bench, "none", share, predictor="none"),
-                on_device(bench, "lookahead", share, **GUESSES),
-                on_device(bench, "speculate", share, policy="speculate", **GUESSES),
-                on_device(bench, "speculate-when", share, policy="speculate-when", **GUESSES),
-            ]
-            found = run_trials(settings, [*bench.resident, *arms], bench.texts)
-            yield from tell_all(found, {"share": share})
-            for name in ("lookahead", "speculate", "speculate-when"):
-                yield tell_cut(found, share, name, "none")
+
+    def tell(found: Comparison, place: Row) -> Iterator[Row]:
+        for name in found.trials:
+            for start, other in CUTS.items():
+                if name.startswith(start) and name != other and other in found.trials:
+                    yield tell_cut(found, place, name, other)
+
+    shares = settings.speculation_shares
+    return _run_suite(settings, SPECULATION_ARMS, USUAL_SPECULATION, shares, tell)
 
 
 def drafts(settings: Settings) -> Iterator[Row]:
     """Times rounds with a draft beside caches of the same memory, the draft being a part of it."""
+
+    def tell(found: Comparison, place: Row) -> Iterator[Row]:
+        for name in found.trials:
+            for other in ("lru", DEVICE_LRU.name):
+                if name.startswith(("draft-", "governor")) and other in found.trials:
+                    yield tell_ratio(found, {**place, "paper": PAPER_RATIO}, other, name)
+
+    arms = (DEVICE_LRU, *MOE_SPEQ_ARMS)
+    return _run_suite(settings, arms, USUAL_DRAFTS, settings.draft_shares, tell)
+
+
+def _run_suite(
+    settings: Settings,
+    arms: Sequence[Arm],
+    usual: Sequence[str],
+    shares: tuple[float, ...],
+    tell: Callable[[Comparison, Row], Iterator[Row]],
+) -> Iterator[Row]:
+    """Runs the arms of a suite that were asked for at every context and share."""
     model = widened_demo(settings)
-    windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
-    with open_bench(settings, model, windows) as bench:
-        for share in settings.draft_shares:
-            numbers = {"draft-4": 4, "draft-8": 8, "governor": "auto"}
-            arms = [
-                on_host(bench, "host-lru", share, **LRU),
-                on_device(bench, "lru", share, predictor="none"),
-                on_device(bench, "no-draft", share, predictor="lookahead"),
-                *(
-                    on_device(
-                        bench,
-                        name,
-                        share,
-                        predictor="lookahead",
-                        draft="int4",
-                        num_draft_tokens=number,
-                    )
-                    for name, number in numbers.items()
-                ),
-            ]
-            found = run_trials(settings, [*bench.resident, *arms], bench.texts)
-            yield from tell_all(found, {"share": share})
-            for name in numbers:
-                for other in ("host-lru", "lru"):
-                    place = {"share": share, "paper": PAPER_RATIO}
-                    yield tell_ratio(found, place, other, name)
+    picked = pick_arms(settings, arms, usual)
+    yield from tell_left_out(model, picked)
+    longest = dataclasses.replace(settings, num_prompt_tokens=max(settings.contexts))
+    texts = read_windows(longest, model, num_decode_tokens=settings.num_decode_tokens)
+    for context in settings.contexts:
+        windows = [text.shortened(context) for text in texts]
+        with open_bench(settings, model, windows) as bench:
+            for share in shares_of(model, shares):
+                place = {"share": share, "context": context}
+                running = contenders(model, picked, share, windows)
+                found = run_trials(settings, [*bench.resident, *running], bench.texts)
+                yield from tell_all(found, place)
+                yield from tell(found, place)
 
 
 def slot_plan(settings: Settings) -> Iterator[Row]:
@@ -257,10 +267,10 @@ def tell_ratio(found: Comparison, place: Row, slower: str, faster: str) -> Row:
     return show({**place, "what": f"{slower} / {faster}", "got": got})
 
 
-def tell_cut(found: Comparison, share: float, name: str, other: str) -> Row:
+def tell_cut(found: Comparison, place: Row, name: str, other: str) -> Row:
     """Tells what part of another arm's time one saves, trial by trial."""
     got = spread([1 - ratio for ratio in found.over(name, other)])
-    return show({"share": share, "what": f"cut of {name}", "paper": PAPER_CUT, "got": got})
+    return show({**place, "what": f"cut of {name}", "paper": PAPER_CUT, "got": got})
 
 
 def _partial_shares(settings: Settings, model: Path) -> list[float]:

@@ -47,7 +47,16 @@ if TYPE_CHECKING:
     Summarise = Callable[[dict[str, Any], Sequence[Sample], Sequence[BudgetLimits]], str]
     Plot = Callable[[Sequence[Sample], Sequence[BudgetLimits], Path], None]
 
-__all__ = ["ENGINE_ARMS", "ENGINE_SUITE", "Suite", "SuiteOptions", "SuiteResult", "run_suite"]
+__all__ = [
+    "ENGINE_ARMS",
+    "ENGINE_SUITE",
+    "Suite",
+    "SuiteOptions",
+    "SuiteResult",
+    "choose_arms",
+    "find_missing",
+    "run_suite",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +181,7 @@ def run_suite(
         ConfigError: An unknown arm, one that lacks what it needs, too short a text, or a context
             that the model was not made for.
     """
-    _choose_arms(suite, options)
+    choose_arms(suite.arms, options.arms)
     run = _SuiteRun(suite, options, progress)
     for trial, workload in enumerate(run.workloads):
         run.run_trial(trial, workload)
@@ -388,8 +397,8 @@ class _SuiteRun:
     def _available_arms(self) -> list[Arm]:
         """Give the arms that can run; what was asked for by name must be able to."""
         available = []
-        for arm in _choose_arms(self._suite, self._options):
-            missing = self._missing(arm)
+        for arm in choose_arms(self._suite.arms, self._options.arms):
+            missing = find_missing(arm, self._loaded.spec.identity, self._cache_dir)
             if missing is None:
                 available.append(arm)
                 continue
@@ -401,18 +410,6 @@ class _SuiteRun:
                 )
             self.result.left_out[arm.name] = f"{needed} (`foreload {verb}`)"
         return available
-
-    def _missing(self, arm: Arm) -> tuple[str, str] | None:
-        """Tell what an arm needs that is not there, and which verb makes it."""
-        predictor = (arm.settings or {}).get("predictor")
-        identity = self._loaded.spec.identity
-        if predictor == "default-vectors":
-            is_there = calibration_path(self._cache_dir, identity).is_file()
-            return None if is_there else ("a calibration", "calibrate")
-        if predictor == "estimator":
-            is_there = estimator_path(self._cache_dir, identity).is_file()
-            return None if is_there else ("an estimator", "train-estimator")
-        return None
 
     def _check_contexts(self) -> None:
         """Refuse contexts a trained model was not made for: its text there means nothing."""
@@ -431,12 +428,29 @@ class _SuiteRun:
         self._done += 1
 
 
-def _choose_arms(suite: Suite, options: SuiteOptions) -> list[Arm]:
-    known = {arm.name: arm for arm in suite.arms}
-    for name in options.arms or ():
+def choose_arms(arms: Sequence[Arm], names: Sequence[str] | None) -> list[Arm]:
+    """Give the arms of these names, or all.
+
+    Raises:
+        ConfigError: One of the names is no arm's.
+    """
+    known = {arm.name: arm for arm in arms}
+    for name in names or ():
         if name not in known:
             raise ConfigError(f"unknown arm {name!r}", hint=f"known are {', '.join(known)}")
-    return [known[name] for name in (options.arms or known)]
+    return [known[name] for name in (names or known)]
+
+
+def find_missing(arm: Arm, identity: str, cache_dir: Path) -> tuple[str, str] | None:
+    """Tell what an arm needs that has not been made, and which verb makes it."""
+    predictor = (arm.settings or {}).get("predictor")
+    if predictor == "default-vectors":
+        is_there = calibration_path(cache_dir, identity).is_file()
+        return None if is_there else ("a calibration", "calibrate")
+    if predictor == "estimator":
+        is_there = estimator_path(cache_dir, identity).is_file()
+        return None if is_there else ("an estimator", "train-estimator")
+    return None
 
 
 def _read_text(options: SuiteOptions) -> str:
