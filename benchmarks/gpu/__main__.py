@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None, **sizes: Any) -> None:
     parser.add_argument("--trials", type=int, default=5, dest="num_trials", help="texts per arm")
     parser.add_argument("--shares", type=_numbers, help="percent of all experts, such as 15,30")
     parser.add_argument("--arms", type=_words, default=(), help="of the suites', or all")
-    parser.add_argument("--contexts", type=_numbers, default=(100,), help="tokens of the prompt")
+    parser.add_argument("--contexts", type=_numbers, default=(), help="tokens of the prompt")
     arguments = vars(parser.parse_args(argv))
     if not has_device():
         sys.exit("this needs a CUDA device, and torch sees none here")

@@ -62,7 +62,7 @@ class Settings:
     draft_shares: tuple[float, ...] = (45, 70)
     # Of the suites' own arms: a few by default, these by name, or "all".
     arms: tuple[str, ...] = ()
-    contexts: tuple[int, ...] = (100,)
+    contexts: tuple[int, ...] = ()
     num_training_tokens: int = 18_000
     plan_share: float = 30
     link_bytes: int = 1 << 28

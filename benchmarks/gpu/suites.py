@@ -170,9 +170,10 @@ def _run_suite(
     model = widened_demo(settings)
     picked = pick_arms(settings, arms, usual)
     yield from tell_left_out(model, picked)
-    longest = dataclasses.replace(settings, num_prompt_tokens=max(settings.contexts))
+    contexts = settings.contexts or (settings.num_prompt_tokens,)
+    longest = dataclasses.replace(settings, num_prompt_tokens=max(contexts))
     texts = read_windows(longest, model, num_decode_tokens=settings.num_decode_tokens)
-    for context in settings.contexts:
+    for context in contexts:
         windows = [text.shortened(context) for text in texts]
         with open_bench(settings, model, windows) as bench:
             for share in shares_of(model, shares):

@@ -15,7 +15,10 @@ from torch.autograd.profiler_util import FunctionEventAvg
 
 import zoo
 from foreload import Engine
+from foreload.bench.speculating_experts import SPECULATION_ARMS
+from foreload.bench.workload import Workload
 from foreload.model import source
+from foreload.predict import estimator
 from foreload.trace import read
 from foreload.trace.record import LayerVisit, RoutingTrace
 from foreload.types import RoutingEvent
@@ -26,9 +29,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 STAGES = (
+    "kernels",
     "equivalence",
     "tiers",
     "sampling",
+    "predictors",
     "suites",
     "baselines",
     "speculation",
@@ -54,6 +59,7 @@ SIZES: dict[str, Any] = {
     "num_decode_tokens": 4,
     "num_slow_tokens": 2,
     "num_recorded_tokens": 6,
+    "num_training_tokens": 100,
     "speculation_shares": (80,),
     "draft_shares": (250,),
     "plan_share": 80,
@@ -75,8 +81,16 @@ def run(
     # Random weights have no tokenizer.
     tokenizer.save_pretrained(build / "demo-x8")
     for name in ("held_out", "calibration"):
-        (build / "demo-x8" / f"{name}.txt").write_text("the cat sat on the mat " * 4)
+        (build / "demo-x8" / f"{name}.txt").write_text("the cat sat on the mat " * 40)
     monkeypatch.setattr(source, "resolve_model", lambda name: build / "demo-x8")
+    # Calibrations and estimators.
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    # torch has no gradients on a device that is not there.
+    monkeypatch.setattr(
+        estimator,
+        "_directions",
+        lambda router, rule, shape, dtype, device: torch.zeros(shape, device=device),
+    )
 
     def run_stages(*words: str) -> list[dict[str, Any]]:
         with pytest.raises(SystemExit):
@@ -137,18 +151,77 @@ def test_a_stage_runs_to_its_end(
         )
         monkeypatch.setattr(read, "read_trace", lambda path: told)
         more = ["--trace", "told.csv", "--layers", "2"]
+    if stage == "kernels":
+        # The kernels' own tests take minutes in the interpreter.
+        from gpu import kernels
+
+        monkeypatch.setattr(kernels, "FILES", ("test_scores",))
+        monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True) as machine:
         rows = run(stage, *more)
-        assert machine.num_launches > 0
+        assert machine.num_launches > 0 or stage in ("kernels", "predictors")
     assert rows
     assert [row["error"] for row in rows if "error" in row] == []
     if stage == "replay":
         assert {"none", "recall-90", "oracle", "host-lru"} < {row.get("arm") for row in rows}
+    if stage == "kernels":
+        assert rows[0]["passed"] > 0
+        assert rows[0]["is_fine"]
     if stage == "slot_plan":
         arms = [row for row in rows if row.get("arm") in ("equal", "planned")]
         slots = [counted["num_slots"] for row in arms for counted in row["counted"]]
         assert len(slots) == 2
         assert len(set(slots)) == 1, "the plan must not be given more of them"
+
+
+def test_all_arms_of_a_suite_run_at_each_context_and_some_say_why_they_cannot(
+    run: Callable[..., list[dict[str, Any]]],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
+        run("predictors")
+        rows = run(
+            "speculation", "--arms", "all", "--shares", "80", "--contexts", "3,5", "--trials", "2"
+        )
+    assert [row["error"] for row in rows if "error" in row] == []
+    assert not any("left_out" in row for row in rows), "calibrated and trained is all they need"
+    timed = [row for row in rows if "tpot_ms" in row]
+    for arm in SPECULATION_ARMS:
+        found = [row for row in timed if row["arm"] == arm.name]
+        assert {row["context"] for row in found} == {3, 5}, arm.name
+        by = {counted["orchestration"] for row in found for counted in row["counted"]}
+        assert by == {"host" if "eviction" in (arm.settings or {}) else "device"}, arm.name
+    assert {"cut of layerwise-speculate", "cut of cache-oracle"} < {row.get("what") for row in rows}
+
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
+        rows = run("drafts", "--arms", "draft-1,int4-alone,draft-4-oracle", "--shares", "250")
+    assert [row["arm"] for row in rows if "left_out" in row] == ["int4-alone", "draft-4-oracle"]
+
+
+def test_an_oracle_guesses_what_the_text_at_hand_was_sent_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from gpu.arms import Told
+
+    def make_trace(shift: int) -> RoutingTrace:
+        visits = [
+            [LayerVisit.from_routing([(step + shift, layer)], 9) for layer in range(2)]
+            for step in range(3)
+        ]
+        return RoutingTrace(2, 9, visits)
+
+    texts = [Workload((1, 2, 3, 4), 2), Workload((5, 6, 3, 4), 2)]
+    with pretend_cuda(monkeypatch, is_quiet=True):
+        told = Told([(texts[0], make_trace(2)), (texts[1], make_trace(5))], 2)
+        event = RoutingEvent(0, 0, None, torch.zeros(1, 2), torch.zeros(1, 2))
+        for text, shift in zip(texts, (2, 5), strict=True):
+            told.start(text)
+            for number in range(2):
+                told.begin(number)
+                guess = told.guesses.route_next(event)
+                assert guess is not None
+                # The prompt is the trace's first step.
+                assert sorted(guess.top_k_index[0].tolist()) == [1, number + 1 + shift]
 
 
 def test_guesses_that_are_told_have_the_recall_asked_for(
