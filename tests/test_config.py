@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foreload.config import EngineConfig, SamplingConfig, format_bytes, parse_size
+from foreload.config import (
+    EngineConfig,
+    SamplingConfig,
+    check_whole,
+    format_bytes,
+    parse_size,
+)
 from foreload.errors import ConfigError
 
 
@@ -51,8 +58,26 @@ def test_what_is_no_size_is_refused(text: Any) -> None:
 
 @pytest.mark.parametrize("text", [0, -5, "0", "0%", "0.1", "0.01%"])
 def test_less_than_a_byte_is_refused(text: Any) -> None:
-    with pytest.raises(ConfigError, match="more than nothing"):
+    with pytest.raises(ConfigError, match="more than nothing") as caught:
         parse(text)
+    assert '"25%"' in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "text", [2**63, str(2**63), "9" * 400, "9" * 400 + "%", "1" * 400 + "GiB", "9000000 TiB"]
+)
+def test_more_than_any_machine_has_is_refused(text: Any) -> None:
+    with pytest.raises(ConfigError, match="more than any machine has"):
+        parse(text)
+
+
+@pytest.mark.parametrize("value", [0, -1, 8, 1.5, "2", None, True])
+def test_numbers_outside_their_bounds_are_refused(value: Any) -> None:
+    check_whole("width", 1, least=1, most=7)
+    check_whole("width", 7, least=1, most=7)
+    check_whole("width", 10**30, least=1)
+    with pytest.raises(ConfigError, match=r"width=.* must be a whole number from 1 to 7"):
+        check_whole("width", value, least=1, most=7)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +147,13 @@ class TestEngineConfig:
             assert EngineConfig(device="cuda", orchestration="host", draft=draft).draft == draft
 
     def test_slots_are_divided_where_the_device_decides(self) -> None:
-        for plan, kept in (("equal", "equal"), ("trace.jsonl", "trace.jsonl"), ([4, 5], (4, 5))):
-            asked = EngineConfig(orchestration="device", slot_plan=plan)
+        for plan, kept in (
+            ("equal", "equal"),
+            ("trace.jsonl", "trace.jsonl"),
+            (Path("a", "trace.jsonl"), "a/trace.jsonl"),
+            ([4, 5], (4, 5)),
+        ):
+            asked = EngineConfig(orchestration="device", slot_plan=plan)  # type: ignore[arg-type]
             assert asked.slot_plan == kept
             assert EngineConfig.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
         for other in ({"orchestration": "host"}, {"eviction": "lfu"}):
@@ -141,6 +171,11 @@ class TestEngineConfig:
         assert getattr(EngineConfig(**{name: 3}), name) == 3
         with pytest.raises(ConfigError, match=name):
             EngineConfig(**{name: value})
+
+    def test_nobody_copies_on_a_million_threads(self) -> None:
+        assert EngineConfig(num_workers=EngineConfig.MOST_WORKERS).num_workers == 1024
+        with pytest.raises(ConfigError, match=r"num_workers=1025 must be .* from 1 to 1024"):
+            EngineConfig(num_workers=1025)
 
     @pytest.mark.parametrize("value", [0, 0.5, 1])
     def test_confidence_is_a_share(self, value: float) -> None:
@@ -188,7 +223,7 @@ class TestEngineConfig:
     def test_context_is_a_number_or_auto(self, given: Any, kept: Any) -> None:
         assert EngineConfig(context=given).context == kept
 
-    @pytest.mark.parametrize("value", [1, 0, -5, True, 2.5, "many", None])
+    @pytest.mark.parametrize("value", [1, 0, -5, True, 2.5, "many", None, "9" * 5000])
     def test_other_contexts_are_refused(self, value: Any) -> None:
         with pytest.raises(ConfigError, match=r"context=.*'auto' or a whole number"):
             EngineConfig(context=value)
@@ -209,6 +244,14 @@ class TestEngineConfig:
     def test_expert_memory_that_is_no_size_is_refused(self, value: Any) -> None:
         with pytest.raises(ConfigError, match="expert_memory"):
             EngineConfig(expert_memory=value)
+
+    @pytest.mark.parametrize("value", [25, "25", " 1 ", 1023])
+    @pytest.mark.parametrize("name", ["expert_memory", "host_memory"])
+    def test_a_number_that_was_meant_in_other_units_is_refused(self, name: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=f"{name}=.* bytes, because it has no unit") as caught:
+            EngineConfig(**{name: value})
+        assert f'"{str(value).strip()}%"' in str(caught.value.hint)
+        assert f'"{str(value).strip()}GiB"' in str(caught.value.hint)
 
     def test_a_dictionary_goes_there_and_back(self) -> None:
         config = EngineConfig(model="m", expert_memory="10%", num_workers=3)
@@ -234,9 +277,14 @@ class TestSamplingConfig:
         ("name", "good", "bad"),
         [
             ("max_new_tokens", [1, 9], [0, -1]),
-            ("temperature", [0, 0.0, 1.5], [-0.1, float("nan")]),
-            ("top_p", [1.0, 0.01], [0.0, 1.01, -1, float("nan")]),
-            ("top_k", [0, 1], [-1]),
+            (
+                "temperature",
+                [0, 0.0, 1.5, 1.2e-38, 1e38],
+                [-0.1, float("nan"), float("inf"), 5e-324, 1e-38, 1e300, 10**400],
+            ),
+            ("top_p", [1.0, 0.01, 5e-324], [0.0, 1.01, -1, float("nan")]),
+            ("top_k", [0, 1, 10**30], [-1]),
+            ("seed", [None, 0, -1, -(2**63), 2**64 - 1], [2**64, -(2**63) - 1, 10**30, 0.5]),
         ],
     )
     def test_limits(self, name: str, good: list[Any], bad: list[Any]) -> None:
@@ -252,7 +300,7 @@ class TestSamplingConfig:
     def test_stop_is_one_text_or_several(self, given: Any, kept: tuple[str, ...]) -> None:
         assert SamplingConfig(stop=given).stop == kept
 
-    @pytest.mark.parametrize("stop", ["", ["a", ""], [1]])
+    @pytest.mark.parametrize("stop", ["", ["a", ""], [1], None, 5, b"ab"])
     def test_stop_texts_are_not_empty(self, stop: Any) -> None:
         with pytest.raises(ConfigError, match="stop"):
             SamplingConfig(stop=stop)

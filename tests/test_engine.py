@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import threading
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -288,7 +289,7 @@ class TestEnding:
         engine = open_engine(predictor="none")
         assert engine.spec.model_type == "qwen3_moe"
         result = engine.generate([5] * 510, max_new_tokens=50)
-        assert (len(result.token_ids), result.finish_reason) == (2, "length")
+        assert (len(result.token_ids), result.finish_reason) == (2, "context")
         with pytest.raises(ConfigError, match="512 tokens, the context is 512") as caught:
             engine.stream([5] * 512)
         assert caught.value.hint is not None
@@ -298,7 +299,7 @@ class TestEnding:
         engine = open_engine(predictor="none", context="20")
         assert engine.config.context == engine.max_positions == 20
         result = engine.generate([5] * 17, max_new_tokens=50)
-        assert (len(result.token_ids), result.finish_reason) == (3, "length")
+        assert (len(result.token_ids), result.finish_reason) == (3, "context")
         with pytest.raises(ConfigError, match="the context is 20") as caught:
             engine.stream([5] * 20)
         assert caught.value.hint is not None
@@ -457,6 +458,68 @@ class TestClosing:
             finish(lambda: engine.generate(PROMPT, max_new_tokens=490))
         timer.join(30)
         assert not timer.is_alive()
+
+    def test_what_breaks_off_because_of_closing_says_so(self, open_engine: Open) -> None:
+        for settings in ({}, {"draft": "int4", "expert_memory": "80%"}):
+            engine = open_engine(**settings)
+            stream = engine.stream(PROMPT, max_new_tokens=20)
+            next(stream)
+            engine.close()
+            with pytest.raises(ForeloadError, match="closed: the text was broken off"):
+                list(stream)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"draft": "int4"}, {"device": "cpu", "orchestration": "device", "draft": "int8"}],
+        ids=str,
+    )
+    def test_an_engine_that_is_dropped_is_closed_with_a_warning(
+        self, tiny_checkpoint: Path, settings: dict[str, Any]
+    ) -> None:
+        before, files = set(threading.enumerate()), open_paths()
+        engine = make_engine(tiny_checkpoint, expert_memory="80%", **settings)
+        engine.generate(PROMPT, max_new_tokens=4)
+        dropped, model = weakref.ref(engine), engine.model
+        # When Python ends there is no thread to close on, and the system takes all.
+        assert engine._dropped is not None
+        assert not engine._dropped.atexit
+        del engine
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gc.collect()
+        assert dropped() is None
+        # Whoever has the model can go on.
+        model(torch.tensor([PROMPT]))
+        del model
+        with pytest.warns(ResourceWarning, match=r"dropped without close\(\)"):
+            gc.collect()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(30)
+        assert set(threading.enumerate()) == before
+        assert open_paths() == files
+
+    def test_an_engine_that_was_closed_is_dropped_in_silence(self, tiny_checkpoint: Path) -> None:
+        engine = make_engine(tiny_checkpoint)
+        engine.close()
+        model = weakref.ref(engine.model)
+        del engine
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gc.collect()
+        assert model() is None
+
+
+class TestMovedModel:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_a_model_that_was_cast_is_refused(self, open_engine: Open, dtype: torch.dtype) -> None:
+        engine = open_engine()
+        wanted = engine.generate(PROMPT, max_new_tokens=4).token_ids
+        engine.model.to(dtype)
+        with pytest.raises(ConfigError, match=f"float32 on cpu .* {dtype} on cpu now") as caught:
+            engine.stream(PROMPT)
+        assert "dtype" in str(caught.value.hint)
+        engine.model.to(torch.float32)
+        assert len(engine.generate(PROMPT, max_new_tokens=4).token_ids) == len(wanted)
 
 
 class Flawed:

@@ -19,7 +19,7 @@ from foreload import ConfigError, Engine, MissingExtraError
 from foreload.evaluate import prefill_exactly
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -268,7 +268,7 @@ def test_it_refuses_what_makes_no_sense(
 @pytest.fixture
 def run_tasks(
     adapter: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Any]:
+) -> Iterator[Callable[..., Any]]:
     """Run the repository's tasks as the harness's command does, on its first documents."""
     import datasets
     import lm_eval
@@ -277,6 +277,15 @@ def run_tasks(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     datasets.disable_progress_bars()
+    opened: list[Engine] = []
+    from_pretrained = Engine.from_pretrained
+
+    def open_one(*args: Any, **settings: Any) -> Engine:
+        opened.append(from_pretrained(*args, **settings))
+        return opened[-1]
+
+    # The harness closes nothing.
+    monkeypatch.setattr(Engine, "from_pretrained", open_one)
 
     def run(arguments: str, *tasks: str) -> Any:
         return lm_eval.simple_evaluate(
@@ -289,7 +298,9 @@ def run_tasks(
             bootstrap_iters=0,
         )
 
-    return run
+    yield run
+    for engine in opened:
+        engine.close()
 
 
 def test_the_harness_runs_every_kind_of_task_under_any_policy(

@@ -25,7 +25,7 @@ def test_a_recording_is_the_engines_own_run(
 ) -> None:
     engine = open_engine(predictor="lookahead")
     path = tmp_path / "trace.jsonl.gz"
-    report = record_trace(engine, TEXT, path, num_prompt_tokens=8)
+    report = record_trace(engine, TEXT, str(path), num_prompt_tokens=8)
     trace = read_trace(path)
 
     assert report.to_dict()["path"] == str(path)
@@ -170,6 +170,16 @@ def test_what_cannot_be_recorded_is_refused(
     engine: Any = open_engine(predictor="none")
     with pytest.raises(ConfigError, match="40 tokens, and the prompt takes 40"):
         record_trace(engine, TEXT, tmp_path / "trace", num_prompt_tokens=40)
+    for settings, message in (
+        ({"num_prompt_tokens": 600}, "nothing to decode in a context of 512"),
+        ({"num_prompt_tokens": -1}, "num_prompt_tokens=-1 must be"),
+        ({"max_tokens": 0}, "max_tokens=0 must be"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            record_trace(engine, TEXT * 40, tmp_path / "trace", **settings)
+    with pytest.raises(ConfigError, match="token 999 of the text is outside the vocabulary"):
+        record_trace(engine, [5, 999], tmp_path / "trace", num_prompt_tokens=1)
+    assert engine.metrics.num_steps == 0
     engine.tokenizer = None
     with pytest.raises(ConfigError, match="no tokenizer"):
         record_trace(engine, "text", tmp_path / "trace")

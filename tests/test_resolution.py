@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 import pytest
@@ -82,6 +82,57 @@ def test_too_little_for_draft_and_a_layer_is_refused(loaded: LoadedModel) -> Non
     with pytest.raises(CapacityError, match="beside the int4 draft") as caught:
         resolve(config(draft="int4", expert_memory=least - 1), loaded)
     assert caught.value.needed_bytes == least
+
+
+class TestNoEffect:
+    """What comes to nothing is said; what nobody asked for is not."""
+
+    HOST: ClassVar = {"device": "cpu", "orchestration": "host"}
+    DEVICE: ClassVar = {"device": "cpu", "orchestration": "device"}
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"context": 513}, "context=513 is more than the 512 tokens the model was built for"),
+            ({**HOST, "host_memory": "1GiB"}, "host_memory='1GiB' has no effect"),
+            ({**DEVICE, "lookahead_layers": 3}, "lookahead_layers=3 has no effect"),
+            ({"confidence": 0.5}, "confidence=0.5 has no effect with policy='exact'"),
+            ({"confidence": 0.5, "policy": "speculate"}, "confidence=0.5 has no effect"),
+        ],
+        ids=str,
+    )
+    def test_a_setting_that_comes_to_nothing_is_named(
+        self,
+        loaded: LoadedModel,
+        caplog: pytest.LogCaptureFixture,
+        settings: dict[str, Any],
+        message: str,
+    ) -> None:
+        resolve(config(**settings), loaded)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert message in caplog.text
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            HOST,
+            DEVICE,
+            {"context": 512},
+            {**DEVICE, "host_memory": "1GiB"},
+            {**DEVICE, "lookahead_layers": 1},
+            {**HOST, "lookahead_layers": 3},
+            {"confidence": 0.5, "policy": "speculate-when"},
+            {"confidence": 0.9, "policy": "exact"},
+        ],
+        ids=str,
+    )
+    def test_defaults_and_what_has_an_effect_are_not(
+        self, loaded: LoadedModel, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+    ) -> None:
+        resolved = resolve(config(**settings), loaded)
+        resolve(resolved, loaded)
+        assert caplog.text == ""
 
 
 class TestAuto:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foreload.config import check_whole
+from foreload.decode.prompt import encode_text
 from foreload.errors import ConfigError, UnsupportedModelError
 from foreload.predict.calibration import DefaultVectorRecorder, calibration_path
 from foreload.predict.lookahead import DefaultVectors, Lookahead
@@ -31,8 +33,8 @@ PREVIOUS_TOKEN = "previous-token"
 
 _WINDOW_TOKENS = 512
 _MIN_TOKENS = 32
+_MIN_HELD_OUT_TOKENS = 2
 _CALIBRATED_SHARE = 0.8
-_MAX_CHARS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,8 @@ def calibrate(
         progress: Called with what is being measured, tokens done, and tokens in all.
 
     Raises:
-        ConfigError: The text is too short, or the engine has no predictor or no tokenizer.
+        ConfigError: The text is too short or no text, a number makes no sense, or the engine has no
+            predictor or no tokenizer.
         CheckpointError: The vectors cannot be saved; earlier ones are left as they were.
         UnsupportedModelError: The experts do not work on the residual stream.
     """
@@ -108,7 +111,9 @@ def calibrate(
             "a calibration watches the residual stream, and this engine does not",
             hint='open the engine with predictor="lookahead"',
         )
-    token_ids = encode(engine, text, max_tokens)
+    check_whole("max_tokens", max_tokens, least=_MIN_TOKENS)
+    check_whole("max_held_out_tokens", max_held_out_tokens, least=_MIN_HELD_OUT_TOKENS)
+    token_ids = encode(engine, text, max_tokens, least=_MIN_TOKENS, purpose="a calibration")
     cut = int(_CALIBRATED_SHARE * len(token_ids))
     measured, held_out = token_ids[:cut], token_ids[cut:][:max_held_out_tokens]
 
@@ -142,24 +147,26 @@ def calibrate(
     )
 
 
-def encode(engine: Engine, text: str | Sequence[int], max_tokens: int) -> list[int]:
+def encode(
+    engine: Engine, text: str | Sequence[int], max_tokens: int, *, least: int, purpose: str
+) -> list[int]:
     """Give the first token ids of a text.
 
+    Args:
+        engine: Whose vocabulary they are of.
+        text: The text, or its token ids.
+        max_tokens: Most of them to give.
+        least: How many are needed.
+        purpose: What for, for the message.
+
     Raises:
-        ConfigError: They are too few to calibrate on, or the checkpoint has no tokenizer.
+        ConfigError: They are too few or none, or the checkpoint has no tokenizer.
     """
-    if not isinstance(text, str):
-        token_ids = list(text)
-    elif engine.tokenizer is None:
-        raise ConfigError("this checkpoint has no tokenizer", hint="give the text as token ids")
-    else:
-        start = text[: _MAX_CHARS_PER_TOKEN * max_tokens]
-        token_ids = list(engine.tokenizer(start, verbose=False)["input_ids"])
-    token_ids = token_ids[:max_tokens]
-    if len(token_ids) < _MIN_TOKENS:
+    token_ids = encode_text(text, engine.tokenizer, engine.vocab_size, max_tokens=max_tokens)
+    if len(token_ids) < least:
         raise ConfigError(
-            f"a calibration needs at least {_MIN_TOKENS} tokens, and the text has {len(token_ids)}",
-            hint="give a longer text; a few thousand tokens are a good start",
+            f"{purpose} needs at least {least} tokens, and its text has {len(token_ids)}",
+            hint="give a longer text",
         )
     return token_ids
 

@@ -7,12 +7,14 @@ Sizes are written as users write them ("2GiB", "25%"). Knows no model and no mac
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeGuard
 
 from foreload.errors import ConfigError
 
-__all__ = ["EngineConfig", "SamplingConfig", "format_bytes", "parse_size"]
+__all__ = ["EngineConfig", "SamplingConfig", "check_whole", "format_bytes", "parse_size"]
 
 _UNITS = {
     "": 1,
@@ -33,6 +35,13 @@ _UNITS = {
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 _PERCENT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*%\s*")
+_SIZE_HINT = 'write it as "2GiB", "500MB" or "25%"'
+_MOST_BYTES = 2**63 - 1
+_LEAST_BARE_BYTES = 1024
+"""A number below this and without a unit is not meant as bytes."""
+
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 2.0**-126, 2.0**127
+"""Logits are divided in float32, which has no room for the others."""
 
 
 def parse_size(text: str | int, *, whole_bytes: int, setting: str) -> int:
@@ -44,21 +53,40 @@ def parse_size(text: str | int, *, whole_bytes: int, setting: str) -> int:
         setting: The setting's name, for the message.
 
     Raises:
-        ConfigError: Not a size, or not positive.
+        ConfigError: Not a size, not positive, or more than any machine has.
     """
-    if isinstance(text, int) and not isinstance(text, bool):
+    value: float
+    if _is_whole(text):
         value = text
     elif isinstance(text, str) and (match := _PERCENT.fullmatch(text)):
-        value = int(float(match[1]) / 100 * whole_bytes)
+        value = float(match[1]) / 100 * whole_bytes
     elif isinstance(text, str) and (match := _SIZE.fullmatch(text)) and match[2].lower() in _UNITS:
-        value = int(float(match[1]) * _UNITS[match[2].lower()])
+        value = float(match[1]) * _UNITS[match[2].lower()]
     else:
-        raise ConfigError(
-            f"{setting}={text!r} is not a size", hint='write it as "2GiB", "500MB" or "25%"'
-        )
-    if value <= 0:
-        raise ConfigError(f"{setting}={text!r} must be more than nothing")
-    return value
+        raise ConfigError(f"{setting}={text!r} is not a size", hint=_SIZE_HINT)
+    if value < 1:
+        raise ConfigError(f"{setting}={text!r} must be more than nothing", hint=_SIZE_HINT)
+    if value > _MOST_BYTES:
+        raise ConfigError(f"{setting}={text!r} is more than any machine has", hint=_SIZE_HINT)
+    return int(value)
+
+
+def check_whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    """Refuse what is no whole number within bounds.
+
+    Args:
+        name: What it is called, for the message.
+        value: The number.
+        least: The least that will do.
+        most: The most that will do; None for any.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if _is_whole(value) and least <= value and (most is None or value <= most):
+        return
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise ConfigError(f"{name}={value!r} must be a whole number {bounds}")
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -140,6 +168,7 @@ class EngineConfig:
         "draft": ("none", "auto", "int4", "int8"),
     }
     MOST_DRAFT_TOKENS: ClassVar[int] = 32
+    MOST_WORKERS: ClassVar[int] = 1024
 
     def __post_init__(self) -> None:
         for name, choices in self.CHOICES.items():
@@ -150,10 +179,9 @@ class EngineConfig:
             raise ConfigError(
                 f"device={self.device!r} is unknown", hint="use auto, cpu, cuda, or cuda:1"
             )
-        for name in ("lookahead_layers", "num_workers", "prefill_chunk"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        check_whole("lookahead_layers", self.lookahead_layers, least=1)
+        check_whole("num_workers", self.num_workers, least=1, most=self.MOST_WORKERS)
+        check_whole("prefill_chunk", self.prefill_chunk, least=1)
         object.__setattr__(self, "context", _whole_number(self.context))
         if self.context != "auto" and not (_is_whole(self.context) and int(self.context) >= 2):
             raise ConfigError(
@@ -173,7 +201,7 @@ class EngineConfig:
         self._check_orchestration()
         for name in ("expert_memory", "host_memory"):
             if getattr(self, name) != "auto":
-                parse_size(getattr(self, name), whole_bytes=1 << 40, setting=name)
+                _check_size(getattr(self, name), setting=name)
 
     def _check_draft(self) -> None:
         tokens = _whole_number(self.num_draft_tokens)
@@ -200,6 +228,9 @@ class EngineConfig:
         plan = self.slot_plan
         if isinstance(plan, list):
             object.__setattr__(self, "slot_plan", tuple(plan))
+        if isinstance(plan, Path):
+            plan = str(plan)
+            object.__setattr__(self, "slot_plan", plan)
         numbers = plan if isinstance(plan, list | tuple) else ()
         is_whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
         if not plan or not isinstance(plan, str | list | tuple) or not is_whole:
@@ -273,16 +304,23 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        elif not isinstance(self.stop, tuple):
+        elif isinstance(self.stop, Iterable):
             object.__setattr__(self, "stop", tuple(self.stop))
+        else:
+            raise ConfigError(
+                f"stop={self.stop!r} must be a text or several", hint="leave it out for none"
+            )
         whole = {"max_new_tokens": int, "top_k": int, "temperature": (int, float)}
         for name, kind in {**whole, "top_p": (int, float), "seed": (int, type(None))}.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
                 raise ConfigError(f"{name}={value!r} is not a number of the right kind")
+        warmth = self.temperature
+        can_divide = _LEAST_TEMPERATURE <= warmth <= _MOST_TEMPERATURE
         checks = [
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", warmth == 0 or can_divide, "0, or from 1.2e-38 to 1.7e38"),
+            ("seed", -(2**63) <= (self.seed or 0) < 2**64, "a number of 64 bits"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty texts"),
@@ -302,12 +340,24 @@ class SamplingConfig:
         return cls(**values)
 
 
+def _check_size(size: str | int, *, setting: str) -> None:
+    """Refuse what is no size, or a number that was meant in other units."""
+    num_bytes = parse_size(size, whole_bytes=1 << 40, setting=setting)
+    if str(size).strip().isdecimal() and num_bytes < _LEAST_BARE_BYTES:
+        raise ConfigError(
+            f"{setting}={size!r} stands for {num_bytes} bytes, because it has no unit",
+            hint=f'write "{num_bytes}%" for a share of all experts, or a unit: "{num_bytes}GiB"',
+        )
+
+
 def _whole_number(value: str | int) -> str | int:
     """Give the number that a text of digits is; anything else as it is."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    # Python refuses to read numbers of thousands of digits.
+    is_digits = isinstance(value, str) and value.isdecimal() and len(value) < 100
+    return int(value) if is_digits else value
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -12,11 +12,12 @@ import inspect
 import logging
 import threading
 import time
+import warnings
+import weakref
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 
@@ -57,7 +58,7 @@ from foreload.schedule.prefetch import PrefetchSwitch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
+    from contextlib import AbstractContextManager, ExitStack
     from types import TracebackType
 
     from torch import Tensor
@@ -94,7 +95,9 @@ class Engine:
     """A Mixture-of-Experts model whose experts live in a bounded memory.
 
     Made by `from_pretrained`. `engine.model` is a transformers model like any other: calling it,
-    or its `generate`, streams experts just as `engine.generate` does.
+    or its `generate`, streams experts just as `engine.generate` does. It stays on its device and in
+    its element type. An engine that is dropped, its model too, without `close` is closed when it is
+    collected, with a ResourceWarning.
 
     Attributes:
         config: The settings, every "auto" resolved.
@@ -138,10 +141,11 @@ class Engine:
         self.timeline = Timeline()
         self._loaded = loaded
         self.cache_dir = cache_dir
-        self._cancelled: WeakSet[threading.Event] = WeakSet()
+        self._cancelled: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         # Reentrant: a signal's handler may cancel in the middle of `stream`.
         self._cancelling = threading.RLock()
         self._closed = False
+        self._dropped: weakref.finalize[..., Any] | None = None
         self._handles: list[Any] = []
         self._computes_on = find_device(config.device)
         self._guard = MemoryGuard(self._computes_on)
@@ -166,6 +170,11 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        self._opened_as = self._state_of_model()
+        # The model may outlive the engine that was dropped, and goes on running until it is, too.
+        held = (self._device or self._require_host()).held
+        self._dropped = weakref.finalize(self.model, _let_go, held, config.model)
+        self._dropped.atexit = False
 
     @classmethod
     def from_pretrained(
@@ -240,34 +249,47 @@ class Engine:
         Args:
             prompt: Text, token ids, or chat messages ({"role": ..., "content": ...}).
             **sampling: Fields of `SamplingConfig`, such as `max_new_tokens=64`.
+
+        Raises:
+            ConfigError: A setting or the prompt makes no sense, the prompt does not fit into the
+                context, or `engine.model` was moved or cast.
+            ForeloadError: The engine is closed.
         """
         return join_chunks(self.stream(prompt, **sampling))
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[Chunk]:
         """Generate text token by token; the last chunk has the finish reason and statistics.
 
+        Streams may overlap, on one thread or several. The statistics of each include then what the
+        others did in the meantime.
+
         Args:
             prompt: As for `generate`.
             **sampling: Fields of `SamplingConfig`.
+
+        Raises:
+            ConfigError: As for `generate`.
+            ForeloadError: The engine is closed.
         """
         submitted_s = time.perf_counter()
         config = SamplingConfig.from_dict(sampling)
-        vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        prompt_ids = encode_prompt(prompt, self.tokenizer, vocab_size)
+        self._require_open()
+        prompt_ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
+        limit = "length"
         room = self._context_left(len(prompt_ids))
         if room is not None and room < config.max_new_tokens:
             logger.info("the context leaves room for %d tokens", room)
+            limit = "context"
             config = SamplingConfig.from_dict(
                 {
                     **{name: getattr(config, name) for name in config.__slots__},
                     "max_new_tokens": room,
                 }
             )
-        self._require_open()
         cancelled = threading.Event()
         with self._cancelling:
             self._cancelled.add(cancelled)
-        return self._guard.each(self._stream(prompt_ids, config, submitted_s, cancelled))
+        return self._guard.each(self._stream(prompt_ids, config, limit, submitted_s, cancelled))
 
     def cancel(self) -> None:
         """End every stream there is, after its current token; may be called from any thread."""
@@ -284,6 +306,8 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        if self._dropped is not None:
+            self._dropped.detach()
         if self.drafter is not None:
             self.drafter.release()
         for handle in self._handles:
@@ -332,6 +356,11 @@ class Engine:
             ConfigError: The host decides about experts.
         """
         return self._require_device().runtime
+
+    @property
+    def vocab_size(self) -> int:
+        """Give V, which no token id reaches."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def max_positions(self) -> int | None:
@@ -604,11 +633,22 @@ class Engine:
     def _require_open(self) -> None:
         if self._closed:
             raise ForeloadError("the engine is closed", hint="open a new one")
+        now = self._state_of_model()
+        if now != self._opened_as:
+            raise ConfigError(
+                f"engine.model was moved or cast: {self._opened_as} when the engine was opened, "
+                f"{now} now",
+                hint="open an engine with the device and dtype that you want, and leave its model",
+            )
+
+    def _state_of_model(self) -> str:
+        return f"{self.model.dtype} on {self.model.device}"
 
     def _stream(
         self,
         prompt_ids: list[int],
         config: SamplingConfig,
+        limit: str,
         submitted_s: float,
         cancelled: threading.Event,
     ) -> Generator[Chunk]:
@@ -619,7 +659,8 @@ class Engine:
         clock = RequestClock(
             self.metrics, rounds, submitted_s, len(prompt_ids), refresh=self._count
         )
-        with self._lend_step(len(prompt_ids) + config.max_new_tokens) as step:
+        num_positions = len(prompt_ids) + config.max_new_tokens
+        with self._told_of_closing(), self._lend_step(num_positions) as step:
             tokens = decode(
                 self.forward,
                 prompt_ids,
@@ -641,7 +682,19 @@ class Engine:
                     break
                 self._reconsider_draft()
         stats = clock.stats(self.expert_memory_bytes)
-        yield transcript.end(stats, is_cancelled=cancelled.is_set())
+        yield transcript.end(stats, is_cancelled=cancelled.is_set(), limit=limit)
+
+    @contextmanager
+    def _told_of_closing(self) -> Iterator[None]:
+        """Say of whatever breaks off because the engine is closed that it is that."""
+        try:
+            yield
+        except ForeloadError as error:
+            if not self._closed:
+                raise
+            raise ForeloadError(
+                "the engine is closed: the text was broken off", hint="open a new one"
+            ) from error
 
     def _lend_step(self, num_positions: int) -> AbstractContextManager[StepGraph | None]:
         """Lend a request a step at fixed addresses; None where it has to do without."""
@@ -655,3 +708,12 @@ class Engine:
         # Above, not at: the probe that falls on it is heard first.
         if drafter.governor.num_idle_rounds > _IDLE_ROUNDS:
             self.drop_draft()
+
+
+def _let_go(held: ExitStack, model: str) -> None:
+    """Close what an engine held that nobody closed."""
+    # Not here: garbage is collected anywhere, on the threads that closing waits for too.
+    threading.Thread(target=held.close, name="foreload-closing", daemon=True).start()
+    warnings.warn(
+        f"an engine of {model} was dropped without close()", ResourceWarning, stacklevel=2
+    )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from foreload.config import check_whole
+from foreload.decode.prompt import encode_text
 from foreload.errors import ConfigError, ShapeError
 from foreload.schedule.policy import Exact
 
@@ -41,7 +43,6 @@ _WINDOW_TOKENS = 512
 _BLOCK_TOKENS = 64
 _MIN_BLOCKS = 8
 _NUM_RESAMPLES = 4000
-_MAX_CHARS_PER_TOKEN = 16
 
 
 class TokenQuality(NamedTuple):
@@ -223,21 +224,32 @@ def evaluate(
         progress: Called with what is being done, tokens done, and tokens in all.
 
     Raises:
-        ConfigError: The text is too short, or there is no tokenizer.
+        ConfigError: The text is too short or no text, a number makes no sense, or there is no
+            tokenizer.
         TransferError: A copy failed; the engine stays usable.
     """
+    check_whole("max_tokens", max_tokens, least=1)
+    check_whole("num_prompt_tokens", num_prompt_tokens, least=1)
+    check_whole("seed", seed, least=0)
     token_ids, prefix = _encode(engine, text, max_tokens)
+    window_size = _window_size(engine)
+    if num_prompt_tokens + 2 > window_size:
+        raise ConfigError(
+            f"prompts of {num_prompt_tokens} tokens leave nothing to score in windows of "
+            f"{window_size}",
+            hint=f"set num_prompt_tokens to {window_size - 2} at most",
+        )
     windows = [
         prefix + window
-        for window in _cut(token_ids, _window_size(engine) - len(prefix))
+        for window in _cut(token_ids, window_size - len(prefix))
         if len(prefix) + len(window) >= num_prompt_tokens + 2
     ]
     num_tokens = sum(len(window) - num_prompt_tokens - 1 for window in windows)
-    if num_prompt_tokens < 1 or num_tokens < _MIN_BLOCKS:
+    if num_tokens < _MIN_BLOCKS:
         raise ConfigError(
             f"{len(token_ids)} tokens of text leave {num_tokens} to score after prompts of "
             f"{num_prompt_tokens}; {_MIN_BLOCKS} are needed",
-            hint="give a longer text, or another number of prompt tokens",
+            hint="give a longer text, more max_tokens or fewer num_prompt_tokens",
         )
     block_tokens = min(_BLOCK_TOKENS, num_tokens // _MIN_BLOCKS)
     policy = engine.runtime.policy
@@ -339,14 +351,10 @@ def _encode(
     engine: Engine, text: str | Sequence[int], max_tokens: int
 ) -> tuple[list[int], list[int]]:
     """Give the text's token ids, and those every window begins with."""
-    if not isinstance(text, str):
-        return list(text)[:max_tokens], []
-    if engine.tokenizer is None:
-        raise ConfigError("this checkpoint has no tokenizer", hint="give the text as token ids")
-    start = text[: _MAX_CHARS_PER_TOKEN * max_tokens]
-    token_ids = list(engine.tokenizer(start, verbose=False)["input_ids"])
-    first = engine.tokenizer.bos_token_id
-    prefix = token_ids[:1] if token_ids and token_ids[0] == first else []
+    token_ids = encode_text(text, engine.tokenizer, engine.vocab_size, max_tokens=max_tokens + 1)
+    first = getattr(engine.tokenizer, "bos_token_id", None)
+    is_begun = isinstance(text, str) and token_ids[:1] == [first]
+    prefix = token_ids[:1] if is_begun else []
     return token_ids[len(prefix) :][:max_tokens], prefix
 
 

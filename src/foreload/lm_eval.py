@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from foreload.config import check_whole
 from foreload.engine import Engine
 from foreload.errors import ConfigError, MissingExtraError
 from foreload.evaluate import prefill_exactly
@@ -77,6 +78,9 @@ class ForeloadLM(TemplateLM):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         super().__init__()
+        check_whole("max_gen_toks", max_gen_toks, least=1)
+        if max_length is not None:
+            check_whole("max_length", max_length, least=2)
         if isinstance(model, Engine):
             if settings:
                 raise ConfigError(f"an open engine has its settings: {', '.join(settings)}")
@@ -94,7 +98,7 @@ class ForeloadLM(TemplateLM):  # type: ignore[misc]
             raise ConfigError("this checkpoint has no tokenizer, and tasks are text")
         self.tokenizer = self.engine.tokenizer
         context = self.engine.max_positions or _UNBOUNDED_CONTEXT
-        self.max_length = min(max_length or context, context)
+        self.max_length = context if max_length is None else min(max_length, context)
         self.max_gen_toks = max_gen_toks
 
     @property

@@ -149,6 +149,9 @@ class Metrics:
 class RequestStats:
     """Statistics of one request, under the names of the glossary.
 
+    What is counted is counted for the engine as a whole: of requests that overlap, the figures of
+    each include what the others did in the meantime.
+
     Attributes:
         ttft_s: Request submitted to first token available, seconds.
         tpot_s: (e2e_s - ttft_s) / (num_output_tokens - 1); None for fewer than two tokens.

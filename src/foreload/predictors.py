@@ -5,11 +5,12 @@ Reads calibrations and estimators from the cache directory; predicts nothing its
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreload.errors import ConfigError
+from foreload.errors import CheckpointError, ConfigError
 from foreload.model.sites import EarlyRouter, probe_sites
 from foreload.ops.scores import ScoreRule
 from foreload.predict.calibration import calibration_path, read_default_vectors
@@ -18,13 +19,15 @@ from foreload.predict.estimator import CorrectedRouter, Estimator, estimator_pat
 from foreload.predict.lookahead import DefaultVectors, Lookahead
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from foreload.config import EngineConfig
     from foreload.model.hf import LoadedModel
     from foreload.predict.estimator import LayerNetwork
     from foreload.types import Predictor, TensorPredictor
+
+    Reader = Callable[..., DefaultVectors | Estimator | None]
 
 __all__ = [
     "corrected_routers",
@@ -33,6 +36,8 @@ __all__ = [
     "make_predictor",
     "make_tensor_predictor",
 ]
+
+logger = logging.getLogger(__name__)
 
 _MADE_BY = {
     "default-vectors": ("a calibration", "calibrate"),
@@ -86,33 +91,28 @@ def make_predictor(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -
 
     Raises:
         ConfigError: What it needs has not been made.
-        CheckpointError: What was saved for it is damaged, or another model's.
+        CheckpointError: What was saved for it is damaged, or another model's; "auto" warns and does
+            without.
     """
-    spec, wanted, device = loaded.spec, config.predictor, loaded.model.device
+    spec, wanted = loaded.spec, config.predictor
     routers = early_routers(loaded)
     ahead = config.lookahead_layers
     extra = max(1, spec.top_k // 2)
     lookahead = Lookahead(routers, max_distance=ahead, num_extra=extra)
     if wanted == "lookahead":
         return lookahead
-    shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
     candidates: list[Predictor] = [lookahead]
-    path = calibration_path(cache_dir, spec.identity)
-    if path.is_file() and wanted != "estimator":
-        vectors = read_default_vectors(path, spec.identity, shape).to(device)
-        candidates.append(
-            DefaultVectors(routers, list(vectors), max_distance=ahead, num_extra=extra)
-        )
-    if wanted != "default-vectors":
-        estimator = _read_estimator(loaded, routers, cache_dir, max_distance=ahead, num_extra=extra)
-        if estimator is not None:
-            candidates.append(estimator)
+    for name, read in _READERS.items():
+        if wanted in ("auto", name):
+            found = _read(
+                wanted, read, loaded, routers, cache_dir, max_distance=ahead, num_extra=extra
+            )
+            candidates += [] if found is None else [found]
     if wanted == "auto":
         return MeasuredChoice(candidates) if len(candidates) > 1 else lookahead
-    found = next((candidate for candidate in candidates if candidate.name == wanted), None)
-    if found is None:
+    if len(candidates) == 1:
         raise _nothing_made(config)
-    return found
+    return candidates[1]
 
 
 def make_tensor_predictor(
@@ -125,24 +125,47 @@ def make_tensor_predictor(
 
     Raises:
         ConfigError: What it needs has not been made.
-        CheckpointError: What was saved for it is damaged, or another model's.
+        CheckpointError: What was saved for it is damaged, or another model's; "auto" warns and does
+            without.
     """
-    wanted, spec = config.predictor, loaded.spec
+    wanted = config.predictor
     if wanted == "none":
         return None
     routers = early_routers(loaded)
-    if wanted in ("auto", "estimator"):
-        estimator = _read_estimator(loaded, routers, cache_dir)
-        if estimator is not None:
-            return estimator
-    path = calibration_path(cache_dir, spec.identity)
-    if wanted in ("auto", "default-vectors") and path.is_file():
-        shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
-        vectors = read_default_vectors(path, spec.identity, shape).to(loaded.model.device)
-        return DefaultVectors(routers, list(vectors))
+    for name, read in reversed(_READERS.items()):
+        if wanted in ("auto", name):
+            found = _read(wanted, read, loaded, routers, cache_dir)
+            if found is not None:
+                return found
     if wanted in _MADE_BY:
         raise _nothing_made(config)
     return Lookahead(routers)
+
+
+def _read(
+    wanted: str, read: Reader, *args: Any, **settings: int
+) -> DefaultVectors | Estimator | None:
+    """Read what was saved for a predictor; where nobody asked for it by name, it may be damaged."""
+    try:
+        return read(*args, **settings)
+    except CheckpointError as error:
+        if wanted != "auto":
+            raise
+        logger.warning("predictor='auto' does without one: %s; %s", error, error.hint)
+        return None
+
+
+def _read_vectors(
+    loaded: LoadedModel, routers: list[EarlyRouter], cache_dir: Path, **settings: int
+) -> DefaultVectors | None:
+    """Give what guesses with a model's default vectors; None where there are none."""
+    spec = loaded.spec
+    path = calibration_path(cache_dir, spec.identity)
+    if not path.is_file():
+        return None
+    shape = (spec.num_moe_layers, spec.num_experts, spec.hidden_size)
+    vectors = read_default_vectors(path, spec.identity, shape).to(loaded.model.device)
+    return DefaultVectors(routers, list(vectors), **settings)
 
 
 def _read_estimator(
@@ -150,8 +173,8 @@ def _read_estimator(
     routers: list[EarlyRouter],
     cache_dir: Path,
     *,
-    max_distance: int = 1,
     num_extra: int = 0,
+    **settings: int,
 ) -> Estimator | None:
     """Give the estimator that was trained for a model; None where there is none."""
     spec = loaded.spec
@@ -165,12 +188,17 @@ def _read_estimator(
     return Estimator(
         corrected_routers(loaded, trained.networks),
         trained.choices,
-        lookahead=Lookahead(routers, max_distance=max_distance, num_extra=num_extra),
-        default_vectors=DefaultVectors(
-            routers, vectors, max_distance=max_distance, num_extra=num_extra
-        ),
+        lookahead=Lookahead(routers, num_extra=num_extra, **settings),
+        default_vectors=DefaultVectors(routers, vectors, num_extra=num_extra, **settings),
         num_extra=num_extra,
     )
+
+
+_READERS: dict[str, Reader] = {
+    "default-vectors": _read_vectors,
+    "estimator": _read_estimator,
+}
+"""Predictors that something was saved for, the better last."""
 
 
 def _nothing_made(config: EngineConfig) -> ConfigError:

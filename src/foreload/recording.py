@@ -10,10 +10,13 @@ import bisect
 import itertools
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foreload.config import check_whole
+from foreload.decode.prompt import encode_text
 from foreload.errors import ConfigError
 from foreload.metrics import Metrics
 from foreload.trace.format import TraceWriter
@@ -21,7 +24,6 @@ from foreload.trace.record import RoutingRecorder, TraceInfo, VisitTimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from foreload.engine import Engine
     from foreload.metrics import TimeSpan
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 __all__ = ["RecordingReport", "record_trace"]
-
-_MAX_CHARS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class RecordingReport:
 def record_trace(
     engine: Engine,
     text: str | Sequence[int],
-    path: Path,
+    path: str | Path,
     *,
     num_prompt_tokens: int = 128,
     max_tokens: int = 512,
@@ -87,15 +87,25 @@ def record_trace(
         progress: Called with what is done, tokens done, and tokens in all.
 
     Raises:
-        ConfigError: The text is not longer than the prompt, or there is no tokenizer.
+        ConfigError: The text or the context is not longer than the prompt, the text is none, a
+            number makes no sense, or there is no tokenizer.
         TraceError: The file cannot be written.
     """
-    token_ids = _encode(engine, text, max_tokens)
+    check_whole("max_tokens", max_tokens, least=1)
+    check_whole("num_prompt_tokens", num_prompt_tokens, least=0)
+    token_ids = encode_text(text, engine.tokenizer, engine.vocab_size, max_tokens=max_tokens)
+    context = engine.max_positions
+    if context is not None and num_prompt_tokens >= context:
+        raise ConfigError(
+            f"prompts of {num_prompt_tokens} tokens leave nothing to decode in a context of "
+            f"{context}",
+            hint=f"set num_prompt_tokens to {context - 1} at most",
+        )
     turns = list(_turns(engine, token_ids, num_prompt_tokens))
     if not turns:
         raise ConfigError(
             f"the text has {len(token_ids)} tokens, and the prompt takes {num_prompt_tokens}",
-            hint="give a longer text, or a shorter prompt",
+            hint="give a longer text, more max_tokens or fewer num_prompt_tokens",
         )
     is_device = engine.config.orchestration == "device"
     spec, predictor = engine.spec, None if is_device else engine.runtime.predictor
@@ -108,7 +118,7 @@ def record_trace(
     )
     size = {"num_layers": spec.num_moe_layers, "num_experts": spec.num_experts}
     watching = _DeviceWatch(engine) if is_device else _Watch(engine)
-    with TraceWriter(path, info, **size) as writer, watching as watch:
+    with TraceWriter(Path(path), info, **size) as writer, watching as watch:
         done = 0
         for turn in turns:
             kv_cache = engine.make_cache()
@@ -264,15 +274,6 @@ def _times_of(edges: Sequence[float], spans: Sequence[TimeSpan]) -> list[VisitTi
             itertools.pairwise(edges), compute_s, stall_s, strict=True
         )
     ]
-
-
-def _encode(engine: Engine, text: str | Sequence[int], max_tokens: int) -> list[int]:
-    if not isinstance(text, str):
-        return list(text)[:max_tokens]
-    if engine.tokenizer is None:
-        raise ConfigError("this checkpoint has no tokenizer", hint="give the text as token ids")
-    start = text[: _MAX_CHARS_PER_TOKEN * max_tokens]
-    return list(engine.tokenizer(start, verbose=False)["input_ids"])[:max_tokens]
 
 
 def _turns(

@@ -32,11 +32,10 @@ from foreload.model.device_plan import (
 )
 from foreload.model.draft_choice import draft_pays, measure_figures
 from foreload.model.draft_files import (
-    build_draft,
     check_draft,
     draft_folder,
     has_draft,
-    read_draft,
+    read_or_build_draft,
 )
 from foreload.model.draft_layout import DRAFT_BITS, draft_bytes
 from foreload.model.kv_cache import can_rewind
@@ -105,16 +104,17 @@ def prepare_draft(
         return None
     identity = loaded.spec.identity
     folder = draft_folder(cache_dir, identity, config.draft)
-    if not has_draft(folder):
-        logger.info("building the draft in %s", folder)
-        build_draft(loaded.sites, loaded.plans, identity, folder, config.draft, progress=progress)
-    return read_draft(loaded.sites, loaded.plans, identity, folder, config.draft)
+    return read_or_build_draft(
+        loaded.sites, loaded.plans, identity, folder, config.draft, progress=progress
+    )
 
 
 def resolve(
     config: EngineConfig, loaded: LoadedModel, *, cache_dir: Path | None = None
 ) -> EngineConfig:
     """Replace every "auto" that depends on the model or the machine.
+
+    Warns of settings that come to nothing.
 
     Args:
         config: Settings as asked for.
@@ -128,6 +128,13 @@ def resolve(
             machine's; or the host memory is below what the experts of a device need.
         UnsupportedModelError: A device cannot manage these experts, and was asked to.
     """
+    resolved = _resolve(config, loaded, cache_dir)
+    _warn_of_no_effect(config, resolved, loaded)
+    return resolved
+
+
+def _resolve(config: EngineConfig, loaded: LoadedModel, cache_dir: Path | None) -> EngineConfig:
+    """Decide where experts are, and who decides about them."""
     if config.orchestration == "device":
         return _resolve_device(config, loaded)
     if config.device.startswith("cuda"):
@@ -141,6 +148,34 @@ def resolve(
             except (CapacityError, MissingExtraError, UnsupportedModelError) as error:
                 logger.warning("the CUDA device is left alone: %s", error)
     return _resolve_host(config, loaded, cache_dir)
+
+
+def _warn_of_no_effect(config: EngineConfig, resolved: EngineConfig, loaded: LoadedModel) -> None:
+    """Say which settings, other than their defaults, come to nothing here."""
+    own, default = loaded.generation.max_positions, EngineConfig()
+    if config.context != "auto" and own is not None and int(config.context) > own:
+        logger.warning(
+            "context=%s is more than the %d tokens the model was built for: these are the limit",
+            config.context,
+            own,
+        )
+    is_device = resolved.orchestration == "device"
+    if config.host_memory != "auto" and resolved.device == "cpu" and not is_device:
+        logger.warning(
+            "host_memory=%r has no effect: experts come from disk straight into expert_memory",
+            config.host_memory,
+        )
+    if config.lookahead_layers not in (1, default.lookahead_layers) and is_device:
+        logger.warning(
+            "lookahead_layers=%d has no effect: a device that decides for itself predicts one",
+            config.lookahead_layers,
+        )
+    if config.confidence != default.confidence and config.policy != "speculate-when":
+        logger.warning(
+            "confidence=%s has no effect with policy=%r: it is for 'speculate-when'",
+            config.confidence,
+            config.policy,
+        )
 
 
 def _resolve_cuda(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from foreload.calibrate import calibrate, encode
+from foreload.config import check_whole
 from foreload.errors import CheckpointError, ConfigError, UnsupportedModelError
 from foreload.feature_collection import FeatureCollector, restored, window_tokens
 from foreload.predict.calibration import calibration_path, read_default_vectors
@@ -46,6 +47,8 @@ HYBRID = "hybrid"
 """The name, in reports, of whoever is best layer by layer."""
 
 _MIN_TOKENS = 64
+_MIN_HELD_OUT_TOKENS = 32
+_MOST_SEED = 2**32 - 1
 _HELD_OUT_SHARE = 0.1
 _MAX_HELD_OUT_TOKENS = 16384
 _CALIBRATION_TOKENS = 16384
@@ -133,13 +136,13 @@ def train_estimator(
         width: Hidden units of each layer's network; None takes 128, or what 1 % of the model's
             parameters allows.
         buffer_bytes: Most memory for features.
-        seed: Seed of the first weights and of the order of tokens.
+        seed: Seed of the first weights and of the order of tokens, below 2**32.
         progress: Called with what is being done, how much of it is done, and how much there is.
         note: Called with a line after each pass.
 
     Raises:
-        ConfigError: The text is too short, the engine has no predictor or is not on the CPU, or an
-            interrupted training had other settings.
+        ConfigError: A text is too short or no text, a number makes no sense, the engine has no
+            predictor or is not on the CPU, or an interrupted training had other settings.
         CheckpointError: The estimator cannot be saved; an earlier one is left as it was.
         UnsupportedModelError: The routers cannot be asked early, or do not read the residual
             stream.
@@ -158,13 +161,18 @@ def train_estimator(
             f"{engine.model.device}",
             hint="open the engine with device='cpu'; any device finds the estimator",
         )
+    check_whole("max_tokens", max_tokens, least=_MIN_TOKENS)
+    check_whole("num_passes", num_passes, least=1)
+    check_whole("buffer_bytes", buffer_bytes, least=1)
+    check_whole("seed", seed, least=0, most=_MOST_SEED)
+    if width is not None:
+        check_whole("width", width, least=1)
+    token_ids = encode(engine, text, max_tokens, least=_MIN_TOKENS, purpose="an estimator")
+    other = None
+    if held_out is not None:
+        least, purpose = _MIN_HELD_OUT_TOKENS, "measuring on held_out"
+        other = encode(engine, held_out, _MAX_HELD_OUT_TOKENS, least=least, purpose=purpose)
     _check_routers(engine)
-    token_ids = encode(engine, text, max_tokens)
-    if len(token_ids) < _MIN_TOKENS:
-        raise ConfigError(
-            f"an estimator needs at least {_MIN_TOKENS} tokens, and the text has {len(token_ids)}",
-            hint="give a longer text; some hundred thousand tokens are a good start",
-        )
     vectors = _default_vectors(engine, token_ids, progress)
     width = width or _fitting_width(engine)
     settings = {
@@ -174,7 +182,6 @@ def train_estimator(
         "buffer_bytes": buffer_bytes,
         "seed": seed,
     }
-    other = None if held_out is None else encode(engine, held_out, _MAX_HELD_OUT_TOKENS)
     training = _Training(engine, vectors, token_ids, settings, progress, note)
     return training.run(other)
 

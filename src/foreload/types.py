@@ -15,6 +15,7 @@ __all__ = [
     "ExpertKey",
     "ExpertPlan",
     "ExpertTensor",
+    "FileStamp",
     "Lookup",
     "ModelSpec",
     "Prediction",
@@ -135,13 +136,24 @@ class Priority(IntEnum):
     PREFETCH = 1
 
 
+class FileStamp(NamedTuple):
+    """How a file is recognised as unchanged: `mtime_ns` is the time of its last change."""
+
+    num_bytes: int
+    mtime_ns: int
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A range of bytes in a checkpoint file, `offset` counted from the file's start."""
+    """A range of bytes in a checkpoint file, `offset` counted from the file's start.
+
+    `stamp` is the file's when its header was read; None where it may change.
+    """
 
     path: str
     offset: int
     num_bytes: int
+    stamp: FileStamp | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,12 @@ def test_default_vectors_are_the_mean_outputs(engine: Engine, tmp_path: Path) ->
 def test_it_refuses_what_cannot_work(checkpoint: Path, engine: Engine) -> None:
     with pytest.raises(ConfigError, match="at least 32 tokens"):
         calibrate(engine, "too short")
+    for settings in ({"max_held_out_tokens": 1}, {"max_tokens": 31}, {"max_tokens": -1}):
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))}=.* of at least"):
+            calibrate(engine, list(range(99)), **settings)
+    with pytest.raises(ConfigError, match="token 9999 of the text is outside the vocabulary"):
+        calibrate(engine, [9999] * 99)
+    assert engine.metrics.num_steps == 0
     with (
         Engine.from_pretrained(checkpoint, predictor="none") as blind,
         pytest.raises(ConfigError, match="residual stream"),

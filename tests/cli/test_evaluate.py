@@ -290,8 +290,15 @@ def test_it_refuses_what_cannot_be_scored(open_on: Callable[..., Engine]) -> Non
     engine = open_on()
     with pytest.raises(ConfigError, match="leave 7 to score"):
         evaluate(engine, TOKENS[:16], num_prompt_tokens=8)
-    with pytest.raises(ConfigError, match="prompts of 0"):
-        evaluate(engine, TOKENS, num_prompt_tokens=0)
+    with pytest.raises(ConfigError, match="windows of 512") as caught:
+        evaluate(engine, TOKENS * 9, num_prompt_tokens=511)
+    assert "510 at most" in str(caught.value.hint)
+    for name in ("num_prompt_tokens", "max_tokens", "seed"):
+        with pytest.raises(ConfigError, match=f"{name}=-1 must be a whole number"):
+            evaluate(engine, TOKENS, **{name: -1})
+    with pytest.raises(ConfigError, match="token 9999 of the text is outside the vocabulary"):
+        evaluate(engine, [*TOKENS, 9999])
+    assert engine.metrics.num_steps == 0
     engine.tokenizer = None
     with pytest.raises(ConfigError, match="no tokenizer"):
         evaluate(engine, "some text")

@@ -202,6 +202,18 @@ def test_it_refuses_what_cannot_work(
 ) -> None:
     with pytest.raises(ConfigError, match="at least 64 tokens"):
         train_estimator(engine, list(range(40)))
+    for name in ("num_passes", "width", "buffer_bytes", "max_tokens"):
+        with pytest.raises(ConfigError, match=f"{name}=0 must be a whole number"):
+            train_estimator(engine, TOKENS, **{name: 0})
+    for seed in (-1, 10**30):
+        with pytest.raises(ConfigError, match=r"seed=.* must be a whole number from 0"):
+            train_estimator(engine, TOKENS, seed=seed)
+    with pytest.raises(ConfigError, match="held_out needs at least 32 tokens, and its text has 9"):
+        train_estimator(engine, TOKENS, held_out=TOKENS[:9])
+    for texts in (([9999] * 99, None), (TOKENS, [9999] * 99)):
+        with pytest.raises(ConfigError, match="token 9999 of the text is outside"):
+            train_estimator(engine, texts[0], held_out=texts[1])
+    assert engine.metrics.num_steps == 0
     with (
         Engine.from_pretrained(checkpoint, predictor="none") as blind,
         pytest.raises(ConfigError, match="residual stream"),

@@ -83,6 +83,16 @@ def test_a_text_that_is_over_was_not_cancelled(
     assert transcript.end(stats, is_cancelled=True).finish_reason == reason
 
 
+def test_a_full_context_is_a_reason_of_its_own(
+    tokenizer: PreTrainedTokenizerFast, stats: RequestStats
+) -> None:
+    transcript = Transcript(tokenizer, {END})
+    transcript.add(5)
+    last = transcript.end(stats, is_cancelled=False, limit="context")
+    assert last.finish_reason == "context"
+    assert transcript.end(stats, is_cancelled=True, limit="context").finish_reason == "cancelled"
+
+
 def test_chunks_join_to_the_whole(stats: RequestStats) -> None:
     chunks = [Chunk((1,), "a"), Chunk((2, 3), "b"), Chunk((), "c", "length", stats)]
     assert join_chunks(iter(chunks)) == GenerationResult("abc", [1, 2, 3], "length", stats)

@@ -58,7 +58,8 @@ def test_top_k_keeps_that_many(top_k: int, kept: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.01, [0]), (0.5, [0]), (0.51, [0, 1]), (0.8, [0, 1]), (0.81, [0, 1, 2])]
+    ("top_p", "kept"),
+    [(5e-324, [0]), (0.01, [0]), (0.5, [0]), (0.51, [0, 1]), (0.8, [0, 1]), (0.81, [0, 1, 2])],
 )
 def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: list[int]) -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()

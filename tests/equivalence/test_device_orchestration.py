@@ -204,7 +204,8 @@ def test_speculation_executes_what_the_hosts_loop_executes(
     host, device = open_pair(
         checkpoints[family], "tight", policy="speculate", predictor=predictor, cache_dir=tmp_path
     )
-    exact = open_pair(checkpoints[family], "50%")[1]
+    other, exact = open_pair(checkpoints[family], "50%")
+    other.close()
     prompt = list(range(3, 15))
     with host, device, exact:
         wanted = list(logits_of(host, prompt, host.make_cache()))
@@ -331,8 +332,10 @@ def test_with_everything_in_the_slots_nothing_is_done_without(
     checkpoints: dict[str, Path],
 ) -> None:
     how = {"policy": "speculate-when", "confidence": 0.0}
-    _, device = open_pair(checkpoints["qwen3_moe"], "100%", **how)
-    exact, _ = open_pair(checkpoints["qwen3_moe"], "100%")
+    host, device = open_pair(checkpoints["qwen3_moe"], "100%", **how)
+    exact, other = open_pair(checkpoints["qwen3_moe"], "100%")
+    host.close()
+    other.close()
     with device, exact:
         for layer in range(device.spec.num_moe_layers):
             for expert in range(device.spec.num_experts):
@@ -400,7 +403,8 @@ def test_after_a_broken_off_request_it_is_as_a_fresh_engine(
 
 
 def test_a_closed_engine_runs_no_step(checkpoints: dict[str, Path]) -> None:
-    _, device = open_pair(checkpoints["mixtral"], "50%")
+    host, device = open_pair(checkpoints["mixtral"], "50%")
+    host.close()
     stream = device.stream([3, 4, 5], max_new_tokens=20)
     next(stream)
     device.close()

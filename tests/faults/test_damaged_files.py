@@ -100,7 +100,7 @@ def test_a_shard_cut_after_loading_fails_the_request_and_can_be_restored(
     engine = open_engine(checkpoint_copy, expert_memory="minimum", predictor=predictor)
     wanted = engine.generate(PROMPT, max_new_tokens=4).token_ids
     shard = expert_shard(checkpoint_copy)
-    whole = shard.read_bytes()
+    whole, changed_ns = shard.read_bytes(), shard.stat().st_mtime_ns
     os.truncate(shard, 5000)
     for _ in range(2):
         with pytest.raises(TransferError, match="ended early") as caught:
@@ -108,8 +108,43 @@ def test_a_shard_cut_after_loading_fails_the_request_and_can_be_restored(
         assert shard.name in str(caught.value)
         engine.tiers.cache.check()
     shard.write_bytes(whole)
+    os.utime(shard, ns=(changed_ns, changed_ns))
     assert engine.generate(PROMPT, max_new_tokens=4).token_ids == wanted
     assert_settled(engine.tiers)
+
+
+@pytest.mark.parametrize("predictor", ["none", "lookahead"])
+@pytest.mark.parametrize("is_read", [True, False], ids=["after it was read", "before"])
+def test_a_shard_written_to_after_loading_fails_the_request(
+    open_engine: Open, checkpoint_copy: Path, predictor: str, is_read: bool
+) -> None:
+    engine = open_engine(checkpoint_copy, expert_memory="minimum", predictor=predictor)
+    if is_read:
+        engine.generate(PROMPT, max_new_tokens=4)
+    shard = expert_shard(checkpoint_copy)
+    raw = shard.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    with shard.open("r+b") as stream:
+        stream.seek(start)
+        stream.write(raw[start:][::-1])
+    for _ in range(2):
+        with pytest.raises(TransferError, match="was changed after") as caught:
+            finish(lambda: engine.generate(PROMPT, max_new_tokens=4))
+        assert shard.name in str(caught.value)
+        engine.tiers.cache.check()
+    assert_settled(engine.tiers)
+
+
+def test_files_replaced_while_running_are_still_read_as_they_were(
+    open_engine: Open, checkpoint_copy: Path
+) -> None:
+    engine = open_engine(checkpoint_copy, expert_memory="minimum", predictor="none")
+    wanted = engine.generate(PROMPT, max_new_tokens=6).token_ids
+    for shard in checkpoint_copy.glob("*.safetensors"):
+        other = shard.with_suffix(".new")
+        other.write_bytes(bytes(shard.stat().st_size))
+        other.replace(shard)
+    assert engine.generate(PROMPT, max_new_tokens=6).token_ids == wanted
 
 
 def test_files_deleted_while_running_are_still_read(

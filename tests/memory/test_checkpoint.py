@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from foreload.errors import CheckpointError
-from foreload.memory.checkpoint import INDEX_NAME, ITEM_BITS, CheckpointIndex
+from foreload.memory.checkpoint import INDEX_NAME, ITEM_BITS, CheckpointIndex, read_stamp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +82,19 @@ def test_entries_point_at_the_bytes_of_each_tensor(tmp_path: Path) -> None:
             file.seek(entry.offset)
             data = torch.frombuffer(bytearray(file.read(entry.num_bytes)), dtype=tensor.dtype)
         assert torch.equal(data.view(entry.shape), tensor)
+
+
+def test_entries_know_the_file_they_were_read_from(tmp_path: Path) -> None:
+    file = write(tmp_path, pack(VALID_HEADER)) / "model.safetensors"
+    os.utime(file, ns=(10**18, 10**18 + 7))
+    stamp = CheckpointIndex.open(tmp_path)["a"].stamp
+    assert stamp == CheckpointIndex.open(tmp_path)["b"].stamp
+    assert stamp == (file.stat().st_size, 10**18 + 7)
+    with file.open("r+b") as stream:
+        assert read_stamp(stream.fileno()) == stamp
+        stream.write(pack(VALID_HEADER)[:8])
+        stream.flush()
+        assert read_stamp(stream.fileno()) != stamp
 
 
 def test_a_checkpoint_without_an_index_file_may_have_several_shards(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from foreload.errors import TransferError
 from foreload.memory import disk as disk_module
 from foreload.memory.arena import ALIGNMENT, SlotArena, slot_bytes, span_positions
 from foreload.memory.disk import DiskBackend
-from foreload.types import ExpertPlan, ExpertTensor, Span
+from foreload.types import ExpertPlan, ExpertTensor, FileStamp, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -270,6 +271,91 @@ def test_a_file_that_vanishes_later_is_still_read(path: Path, content: bytes) ->
     path.unlink()
     copy(backend, second)
     assert_read(arena, second, content)
+    backend.close()
+
+
+def stamped(plan: ExpertPlan, path: Path) -> ExpertPlan:
+    """Give the plan with the file as it is now, which was last changed long ago."""
+    os.utime(path, (10**9, 10**9))
+    stamp = FileStamp(path.stat().st_size, path.stat().st_mtime_ns)
+    return replace(plan, spans=tuple(replace(span, stamp=stamp) for span in plan.spans))
+
+
+def overwrite(path: Path, offset: int = 0, data: bytes = b"new bytes") -> None:
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(data)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "other bytes": overwrite,
+    "bytes of another place": lambda path: overwrite(path, 4 * ALIGNMENT),
+    "cut behind what is read": lambda path: os.truncate(path, FILE_BYTES - 1),
+    "grown": lambda path: overwrite(path, FILE_BYTES),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("is_open", [True, False], ids=["while open", "before it is opened"])
+@pytest.mark.parametrize("is_converted", [True, False], ids=["converted", "direct"])
+def test_a_file_that_changes_is_an_error_that_says_so(
+    path: Path, change: str, is_open: bool, is_converted: bool
+) -> None:
+    spans = ((10, 9000), (ALIGNMENT, 50))
+    plan = converted_plan(path, sum_and_reverse, *spans) if is_converted else plan_of(path, *spans)
+    plan = stamped(plan, path)
+    backend = DiskBackend(SlotArena(1, slot_bytes(plan)))
+    if is_open:
+        copy(backend, plan)
+    CHANGES[change](path)
+    for _ in range(2):
+        with pytest.raises(TransferError, match="was changed after") as caught:
+            copy(backend, plan)
+        assert str(path) in str(caught.value)
+        assert "open the model again" in str(caught.value.hint)
+    backend.close()
+
+
+def test_a_change_in_the_middle_of_a_read_is_an_error(path: Path) -> None:
+    def change_first(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        overwrite(path)
+        return os.preadv(descriptor, buffers, offset)
+
+    plan = stamped(plan_of(path, (0, 100)), path)
+    backend = DiskBackend(SlotArena(1, slot_bytes(plan)), preadv=change_first)
+    with pytest.raises(TransferError, match="was changed after"):
+        copy(backend, plan)
+    backend.close()
+
+
+def test_a_file_that_is_replaced_is_still_read_as_it_was(path: Path, content: bytes) -> None:
+    plan = stamped(plan_of(path, (10, 9000)), path)
+    arena = SlotArena(1, slot_bytes(plan))
+    backend = DiskBackend(arena)
+    copy(backend, plan)
+    other = path.with_name("other")
+    other.write_bytes(content[::-1])
+    other.replace(path)
+    arena.poison()
+    copy(backend, plan)
+    assert_read(arena, plan, content)
+    backend.close()
+    with pytest.raises(TransferError, match="was changed after"):
+        copy(backend, plan)
+    backend.close()
+
+
+def test_a_file_restored_with_its_time_is_read_again(path: Path, content: bytes) -> None:
+    plan = stamped(plan_of(path, (10, 9000)), path)
+    arena = SlotArena(1, slot_bytes(plan))
+    backend = DiskBackend(arena)
+    overwrite(path)
+    with pytest.raises(TransferError, match="was changed after"):
+        copy(backend, plan)
+    overwrite(path, 0, content)
+    os.utime(path, (10**9, 10**9))
+    copy(backend, plan)
+    assert_read(arena, plan, content)
     backend.close()
 
 

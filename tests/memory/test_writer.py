@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from foreload.errors import CapacityError, ConfigError, ShapeError
 from foreload.memory import writer as writer_module
-from foreload.memory.writer import SafetensorsStreamWriter
+from foreload.memory.writer import SafetensorsStreamWriter, remove_unfinished
 
 
 def make_tensors():
@@ -178,6 +178,20 @@ def test_any_failure_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_one(tmp_path / "out", interrupted(), shape=(2,))
     assert_nothing_left(tmp_path)
+
+
+def test_what_a_killed_writer_left_can_be_removed_and_nothing_else(tmp_path):
+    write_one(tmp_path / "out", torch.ones(1))
+    write_one(tmp_path / "out2", torch.ones(1))
+    before = {*tmp_path.iterdir()}
+    for name in ("out", "out2"):
+        killed = SafetensorsStreamWriter(tmp_path / "parts" / name)
+        killed.__enter__()
+        killed.directory.rename(tmp_path / killed.directory.name)
+    (tmp_path / "parts").rmdir()
+    remove_unfinished(tmp_path / "out")
+    (left,) = {*tmp_path.iterdir()} - before
+    assert left.name.startswith(".out2.")
 
 
 def test_a_tensor_never_written_is_an_error(tmp_path):

@@ -131,6 +131,12 @@ def test_the_class_that_writes_text_is_chosen(tmp_path: Path, arch: str, expecte
     assert find_sites(build_meta_model(architecture), architecture)
 
 
+def test_more_experts_per_token_than_there_are_is_a_damaged_configuration(tmp_path: Path) -> None:
+    architecture = read_architecture(write(tmp_path, **qwen(num_experts_per_tok=99)))
+    with pytest.raises(CheckpointError, match=r"config.json gives each token 99 experts of 16"):
+        find_sites(build_meta_model(architecture), architecture)
+
+
 def test_the_meta_model_takes_no_memory(tmp_path: Path) -> None:
     architecture = read_architecture(write(tmp_path, **qwen(num_experts=4096, hidden_size=8192)))
     model = build_meta_model(architecture)

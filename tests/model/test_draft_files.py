@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import shutil
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,15 +20,22 @@ from drafting import KINDS, MOST_ERROR, build, errors_of, make_inputs, read
 
 from foreload.errors import CheckpointError, TransferError
 from foreload.memory.checkpoint import CheckpointIndex
-from foreload.model.draft_files import draft_folder, has_draft, read_draft
+from foreload.model import draft_files
+from foreload.model.draft_files import (
+    draft_folder,
+    has_draft,
+    read_draft,
+    read_or_build_draft,
+)
 from foreload.model.hf import load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import Tensor
 
+    from foreload.model.draft import DraftExperts
     from foreload.model.hf import LoadedModel
 
 
@@ -175,6 +189,125 @@ class TestReading:
         draft = read(loaded, folders["int4"])
         draft._layers[0].first[0].weight.fill_(0)  # type: ignore[union-attr]
         assert {path: path.read_bytes() for path in folders["int4"].iterdir()} == files
+
+
+def read_or_build(
+    loaded: LoadedModel, folder: Path, progress: Callable[[int, int], None] | None = None
+) -> DraftExperts:
+    identity = loaded.spec.identity
+    return read_or_build_draft(
+        loaded.sites, loaded.plans, identity, folder, "int4", progress=progress
+    )
+
+
+class Waited(logging.Handler):
+    """Remembers that somebody waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("waiting"):
+            self.event.set()
+
+
+@pytest.fixture
+def waited() -> Iterator[threading.Event]:
+    handler = Waited()
+    draft_files.logger.addHandler(handler)
+    yield handler.event
+    draft_files.logger.removeHandler(handler)
+
+
+LEFTOVER = ".draft.0123abcd.partial"
+
+DIES_BUILDING = f"""
+import fcntl, os, pathlib, signal, sys
+folder = pathlib.Path(sys.argv[1])
+lock = open(folder / ".draft.lock", "ab")
+fcntl.flock(lock, fcntl.LOCK_EX)
+(folder / "{LEFTOVER}").mkdir()
+(folder / "{LEFTOVER}" / "model.safetensors").write_bytes(b"half of it")
+print("locked", flush=True)
+sys.stdin.read()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+class TestTurns:
+    def test_of_two_that_want_a_draft_one_builds_it_and_the_other_uses_it(
+        self, loaded: LoadedModel, tmp_path: Path, waited: threading.Event
+    ) -> None:
+        built: list[str] = []
+        folder = tmp_path / "drafts" / "draft"
+
+        def progress(name: str, done: int, total: int) -> None:
+            built.append(name)
+            # In the middle of the build, until the other one has come to wait for it.
+            started.set()
+            assert waited.wait(20)
+
+        started = threading.Event()
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(read_or_build, loaded, folder, partial(progress, "first"))
+            assert started.wait(20)
+            second = pool.submit(read_or_build, loaded, folder, partial(progress, "second"))
+            drafts = [first.result(), second.result()]
+        assert set(built) == {"first"}
+        assert drafts[0].num_bytes == drafts[1].num_bytes
+        assert {path.name for path in folder.parent.iterdir()} == {"draft", ".draft.lock"}
+
+    def test_where_the_builder_fails_the_one_who_waits_builds(
+        self, loaded: LoadedModel, tmp_path: Path, waited: threading.Event
+    ) -> None:
+        folder = tmp_path / "draft"
+        started = threading.Event()
+
+        def give_up(done: int, total: int) -> None:
+            started.set()
+            assert waited.wait(20)
+            raise KeyboardInterrupt
+
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(read_or_build, loaded, folder, give_up)
+            assert started.wait(20)
+            second = pool.submit(read_or_build, loaded, folder)
+            with pytest.raises(KeyboardInterrupt):
+                first.result()
+            assert second.result().num_bytes > 0
+
+    def test_a_builder_that_is_killed_blocks_nobody_and_leaves_nothing(
+        self, loaded: LoadedModel, tmp_path: Path, waited: threading.Event
+    ) -> None:
+        folder = tmp_path / "draft"
+        with (
+            subprocess.Popen(
+                [sys.executable, "-c", DIES_BUILDING, str(tmp_path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            ) as builder,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            assert builder.stdout is not None
+            assert builder.stdin is not None
+            assert builder.stdout.readline() == b"locked\n"
+            draft = pool.submit(read_or_build, loaded, folder)
+            assert waited.wait(20)
+            builder.stdin.close()
+            assert draft.result().num_bytes > 0
+        assert {path.name for path in tmp_path.iterdir()} == {"draft", ".draft.lock"}
+
+    def test_without_locks_it_builds_and_touches_nobody_elses(
+        self, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: object) -> None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr(draft_files.fcntl, "flock", refuse)
+        (tmp_path / LEFTOVER).mkdir()
+        assert read_or_build(loaded, tmp_path / "draft").num_bytes > 0
+        assert (tmp_path / LEFTOVER).is_dir(), "it may be at work"
 
 
 class TestFolders:

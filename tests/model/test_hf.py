@@ -140,6 +140,40 @@ def test_a_model_without_an_engine_says_so(checkpoint: zoo.TinyCheckpoint) -> No
         logits(loaded.model)
 
 
+@pytest.mark.parametrize("method", ["save_pretrained", "push_to_hub"])
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_a_model_without_its_experts_is_not_saved(
+    tmp_path: Path, method: str, is_attached: bool
+) -> None:
+    folder = tmp_path / "model"
+    loaded = hf.load_model(zoo.save_family("qwen3_moe", folder).path)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    hf.attach(loaded.sites, StreamedExperts(loaded.plans))
+    if not is_attached:
+        hf.detach(loaded.sites)
+    for part in (loaded.model, loaded.model.model):
+        for place in (folder, tmp_path / "other"):
+            with pytest.raises(ForeloadError, match="cannot be saved") as caught:
+                getattr(part, method)(str(place))
+            assert str(folder) in str(caught.value.hint)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_other_models_of_the_class_are_saved(
+    checkpoint: zoo.TinyCheckpoint, tmp_path: Path
+) -> None:
+    hf.load_model(checkpoint.path)
+    checkpoint.load_reference(torch.bfloat16).save_pretrained(tmp_path)
+    assert hf.load_model(tmp_path).spec.total_expert_bytes > 0
+
+
+def test_a_part_without_experts_can_be_saved(tmp_path: Path) -> None:
+    loaded = hf.load_model(zoo.save_tiny("qwen3_vl_moe", tmp_path / "model").path)
+    loaded.model.model.visual.save_pretrained(tmp_path / "visual")
+    assert (tmp_path / "visual" / "model.safetensors").is_file()
+
+
 def test_the_probe_needs_no_engine(checkpoint: zoo.TinyCheckpoint) -> None:
     loaded = hf.load_model(checkpoint.path)
     probe_sites(loaded.model, loaded.sites, zoo.prompt(4))

@@ -26,7 +26,7 @@ class FakeHub:
         self.answer = answer
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
-    def __call__(self, repository: str, **options: Any) -> str:
+    def __call__(self, repository: str = "", **options: Any) -> str:
         self.calls.append((repository, options))
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -100,8 +100,12 @@ def test_a_hub_name_is_downloaded_without_code_or_pickles(
         (errors.OfflineModeIsEnabled("offline"), OfflineError, "not in the local cache"),
         (http_error(errors.HfHubHTTPError, "502 bad gateway"), OfflineError, "502"),
         (errors.HFValidationError("too long"), CheckpointError, "not a Hub name"),
+        (ValueError("an URI of\ndatasets"), CheckpointError, "an URI of datasets"),
+        (errors.HTTPError("Name or service not known"), OfflineError, "cannot be reached"),
+        (http_error(errors.BadRequestError, "400"), OfflineError, "did not deliver"),
         (ConnectionError("no route"), OfflineError, "no route"),
         (OSError(28, "No space left on device"), OfflineError, "No space left"),
+        (RuntimeError("data processing error"), OfflineError, "data processing"),
     ],
 )
 def test_what_went_wrong_on_the_hub_is_said(
@@ -116,6 +120,46 @@ def test_what_went_wrong_on_the_hub_is_said(
     assert type(caught.value) is expected
     assert caught.value.hint
     assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (http_error(errors.RepositoryNotFoundError, "404"), "no Hub model"),
+        (http_error(errors.RevisionNotFoundError, "404"), "no revision"),
+        (errors.HFValidationError("too long"), "not a Hub name"),
+    ],
+)
+def test_what_the_hubs_file_system_did_not_find_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, message: str
+) -> None:
+    error = FileNotFoundError("owner/model")
+    error.__cause__ = cause
+    use_hub(monkeypatch, errors.LocalEntryNotFoundError("not cached"))
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FakeHub(error))
+    with pytest.raises(CheckpointError, match=message), open_headers("owner/model"):
+        pass
+
+
+def test_headers_of_a_hub_model_need_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, errors.LocalEntryNotFoundError("not cached"))
+    away = FakeHub(errors.HTTPError("no such host"))
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", away)
+    with pytest.raises(OfflineError, match="no folder 'models/mine'"), open_headers("models/mine"):
+        pass
+
+
+def test_a_name_that_the_hub_refuses_is_said_before_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_hub(monkeypatch, errors.HFValidationError("no --"))
+    with pytest.raises(CheckpointError, match="not a Hub name"), open_headers("a--b/c"):
+        pass
+
+
+def test_a_folder_that_cannot_be_looked_into_is_an_error() -> None:
+    with pytest.raises(CheckpointError, match="cannot look into the folder"):
+        resolve_model("a" * 300)
 
 
 def test_a_cached_model_is_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,13 +181,17 @@ def test_a_cached_model_is_found_offline(tmp_path: Path, monkeypatch: pytest.Mon
         resolve_model("owner/other")
 
 
-@pytest.mark.parametrize("name", ["", "./nowhere", "/nowhere", "a/b/c", "two words", "-x"])
+@pytest.mark.parametrize(
+    "name", ["", "nowhere", "./nowhere", "/nowhere", "a/b/c", "two words", "-x"]
+)
 def test_a_missing_folder_is_not_looked_up_on_the_hub(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     hub = use_hub(monkeypatch, AssertionError("the Hub was asked"))
     with pytest.raises(CheckpointError, match="no folder"):
         resolve_model(name)
+    with pytest.raises(CheckpointError, match="no folder"), open_headers(name):
+        pass
     assert not hub.calls
 
 

@@ -250,6 +250,8 @@ class TestSettings:
 
     def test_what_does_not_fit_the_trace_is_refused(self) -> None:
         trace = make_trace([(0,), (1,)])
+        with pytest.raises(ConfigError, match="num_slots=1 must be at least 2"):
+            simulate(trace, settings(num_slots=1))
         with pytest.raises(ConfigError, match="3 sizes for 2 layers"):
             simulate(trace, settings(expert_bytes=(1, 2, 3)))
         with pytest.raises(ConfigError, match="unknown eviction policy"):

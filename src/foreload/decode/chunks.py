@@ -23,7 +23,7 @@ class Chunk:
     Attributes:
         token_ids: New tokens; empty in a last chunk that only carries held-back text.
         text: New text, without stop texts and half characters.
-        finish_reason: None until the last chunk: "stop", "length" or "cancelled".
+        finish_reason: None until the last chunk, then as in `GenerationResult`.
         stats: The request's statistics, with the last chunk.
     """
 
@@ -39,8 +39,9 @@ class GenerationResult:
 
     Attributes:
         text: The generated text, without the prompt.
-        token_ids: The generated tokens.
-        finish_reason: "stop" (end token or stop text), "length" or "cancelled".
+        token_ids: The generated tokens: those of a stop text too, an end token not.
+        finish_reason: "stop" (end token or stop text), "length" (max_new_tokens), "context" (the
+            context is full before that) or "cancelled".
         stats: What it took.
     """
 
@@ -78,17 +79,18 @@ class Transcript:
         text = self._let_through(self._detokenizer.feed(token))
         return Chunk((token,), text)
 
-    def end(self, stats: RequestStats, *, is_cancelled: bool) -> Chunk:
+    def end(self, stats: RequestStats, *, is_cancelled: bool, limit: str = "length") -> Chunk:
         """Give the last chunk, with the text held back, after the last token.
 
         Args:
             stats: What the request took.
             is_cancelled: Whether it was asked to end; a text that is over anyway has stopped.
+            limit: The reason where nothing else ended it.
         """
         rest = ""
         if not self._stop.is_stopped:
             rest = self._let_through(self._detokenizer.flush()) + self._stop.flush()
-        reason = "stop" if self.is_stopped else "cancelled" if is_cancelled else "length"
+        reason = "stop" if self.is_stopped else "cancelled" if is_cancelled else limit
         return Chunk((), rest, reason, stats)
 
     def _let_through(self, text: str) -> str:

@@ -50,6 +50,8 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
         ordered, order = torch.sort(shares, dim=-1, descending=True, stable=True)
         # A token stays while the likelier ones have not reached top_p: the first always stays.
         drop = ordered.cumsum(-1) - ordered >= config.top_p
+        # Also where top_p is so small that float32 rounds it to 0.
+        drop[..., 0] = False
         shares = shares.masked_fill(drop.scatter(-1, order, drop), 0.0)
         shares = shares / shares.sum(-1, keepdim=True)
     return shares

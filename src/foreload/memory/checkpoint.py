@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from foreload.errors import CheckpointError
+from foreload.types import FileStamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["ITEM_BITS", "CheckpointIndex", "TensorEntry", "read_json"]
+__all__ = ["ITEM_BITS", "CheckpointIndex", "TensorEntry", "read_json", "read_stamp"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -63,13 +64,17 @@ _CONVERT = (
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: `offset` counts bytes from the start of the file at `path`."""
+    """Where one tensor lies: `offset` counts bytes from the start of the file at `path`.
+
+    `stamp` is the file's from before its header was read.
+    """
 
     path: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    stamp: FileStamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +117,11 @@ class CheckpointIndex:
         digest = hashlib.sha256(_read_bytes(folder / "config.json"))
         entries: dict[str, TensorEntry] = {}
         for file in files:
-            header, size, raw = _read_header(file)
+            header, stamp, raw = _read_header(file)
             digest.update(file.name.encode())
-            digest.update(struct.pack("<QQ", size, len(raw)))
+            digest.update(struct.pack("<QQ", stamp.num_bytes, len(raw)))
             digest.update(raw)
-            for name, entry in _read_entries(file, header, 8 + len(raw), size):
+            for name, entry in _read_entries(file, header, 8 + len(raw), stamp):
                 if name in entries:
                     other = Path(entries[name].path).name
                     raise CheckpointError(
@@ -162,6 +167,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_stamp(descriptor: int) -> FileStamp:
+    """Give the stamp of an open file, which a change in place changes and a replacement not."""
+    status = os.fstat(descriptor)
+    return FileStamp(status.st_size, status.st_mtime_ns)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -233,10 +244,11 @@ def _refuse_without_safetensors(folder: Path) -> None:
     )
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int, bytes]:
+def _read_header(file: Path) -> tuple[dict[str, Any], FileStamp, bytes]:
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
+            stamp = read_stamp(stream.fileno())
+            size = stamp.num_bytes
             prefix = stream.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(
@@ -262,7 +274,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, bytes]:
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is not a JSON object", hint=_REDOWNLOAD)
-    return header, size, raw
+    return header, stamp, raw
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -275,12 +287,12 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_entries(
-    file: Path, header: dict[str, Any], data_start: int, size: int
+    file: Path, header: dict[str, Any], data_start: int, stamp: FileStamp
 ) -> list[tuple[str, TensorEntry]]:
     result = []
     for name, record in header.items():
         if name != "__metadata__":
-            result.append((name, _read_entry(file, name, record, data_start, size)))
+            result.append((name, _read_entry(file, name, record, data_start, stamp)))
     end, previous = data_start, ""
     for name, entry in sorted(result, key=lambda pair: (pair[1].offset, pair[1].num_bytes)):
         if entry.num_bytes and entry.offset < end:
@@ -292,7 +304,9 @@ def _read_entries(
     return result
 
 
-def _read_entry(file: Path, name: str, record: object, data_start: int, size: int) -> TensorEntry:
+def _read_entry(
+    file: Path, name: str, record: object, data_start: int, stamp: FileStamp
+) -> TensorEntry:
     def fail(what: str) -> CheckpointError:
         return CheckpointError(f"{file}: tensor {name!r} {what}", hint=_REDOWNLOAD)
 
@@ -306,15 +320,15 @@ def _read_entry(file: Path, name: str, record: object, data_start: int, size: in
     if not _are_counts(offsets) or len(offsets) != 2:
         raise fail(f"has the impossible data_offsets {_brief(offsets)}")
     begin, end = offsets
-    if begin > end or data_start + end > size:
+    if begin > end or data_start + end > stamp.num_bytes:
         raise fail(
-            f"claims bytes {begin:,} to {end:,}, but the file holds {size - data_start:,} "
-            "bytes of data: it is damaged or truncated"
+            f"claims bytes {begin:,} to {end:,}, but the file holds "
+            f"{stamp.num_bytes - data_start:,} bytes of data: it is damaged or truncated"
         )
     bits = math.prod(shape) * ITEM_BITS[dtype]
     if bits != 8 * (end - begin):
         raise fail(f"takes {end - begin:,} bytes, which is not shape {shape} of {dtype}")
-    return TensorEntry(str(file), dtype, tuple(shape), data_start + begin, end - begin)
+    return TensorEntry(str(file), dtype, tuple(shape), data_start + begin, end - begin, stamp)
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:

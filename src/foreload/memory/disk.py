@@ -16,6 +16,7 @@ import torch
 
 from foreload.errors import TransferError
 from foreload.memory.arena import ALIGNMENT, slot_bytes, span_positions
+from foreload.memory.checkpoint import read_stamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,13 +68,14 @@ class DiskBackend:
             Bytes read from the disk.
 
         Raises:
-            TransferError: The file vanished, ended early, or the disk answered with an error.
+            TransferError: The file vanished, ended early, is no longer the one that was planned
+                from, or the disk answered with an error.
         """
         if plan.convert is not None:
             return self._copy_converted(plan, slot)
         span, at, first, size = self._locate(plan, piece)
         needed = min(size, span.offset + span.num_bytes - first)
-        self._read(span.path, self._arena.buffer(slot)[at : at + size], first, needed)
+        self._read(span, self._arena.buffer(slot)[at : at + size], first, needed)
         return size
 
     def piece_range(self, plan: ExpertPlan, piece: int) -> tuple[int, int]:
@@ -109,7 +111,7 @@ class DiskBackend:
         raw = []
         for span, (at, first, length) in zip(plan.spans, positions, strict=True):
             skip = span.offset - first
-            self._read(span.path, scratch[at : at + length], first, skip + span.num_bytes)
+            self._read(span, scratch[at : at + length], first, skip + span.num_bytes)
             view = scratch[at + skip : at + skip + span.num_bytes]
             raw.append(torch.frombuffer(view, dtype=torch.uint8))
         self._arena.write(slot, plan, plan.convert(raw))
@@ -122,7 +124,8 @@ class DiskBackend:
             held = self._local.scratch = mmap.mmap(-1, num_bytes)
         return memoryview(held)
 
-    def _read(self, path: str, view: memoryview, offset: int, needed: int) -> None:
+    def _read(self, span: Span, view: memoryview, offset: int, needed: int) -> None:
+        path = span.path
         file = self._open(path)
         got = 0
         try:
@@ -132,10 +135,12 @@ class DiskBackend:
                 # A direct read may stop short only at the end of the file.
                 if count == 0 or (got < needed and got % ALIGNMENT and file.is_direct):
                     break
+            # After the read: writing sets a file's time before its bytes.
+            stamp = read_stamp(file.descriptor)
         except OSError as error:
             if error.errno in _NO_DIRECT and file.is_direct:
                 self._reopen_buffered(path)
-                self._read(path, view, offset, needed)
+                self._read(span, view, offset, needed)
                 return
             raise TransferError(
                 f"reading {needed:,} bytes at {offset:,} of {path} failed: {error.strerror}",
@@ -144,7 +149,15 @@ class DiskBackend:
         if got < needed:
             raise TransferError(
                 f"{path} ended early: {needed:,} bytes wanted at {offset:,}, {got:,} read",
-                hint="the file was truncated or is still being written; restore it",
+                hint="the file was truncated or is still being written; restore it, and open the "
+                "model again",
+            )
+        if span.stamp is not None and stamp != span.stamp:
+            raise TransferError(
+                f"{path} was changed after the model was opened: its bytes are no longer known to "
+                "be experts of that model",
+                hint="restore the file if it was damaged, and open the model again; a new version "
+                "of a checkpoint belongs in a folder of its own",
             )
 
     def _open(self, path: str) -> _File:

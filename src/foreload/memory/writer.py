@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import TracebackType
 
-__all__ = ["SafetensorsStreamWriter"]
+__all__ = ["SafetensorsStreamWriter", "remove_unfinished"]
 
 # Direct reads want whole pages: data that starts on a page lets tensors of whole pages do so too.
 DATA_ALIGNMENT = 4096
@@ -322,6 +322,12 @@ class SafetensorsStreamWriter:
             available_bytes=free,
             setting=f"the free space at {self._output_dir.parent}",
         )
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what writers of `output_dir` left that were killed; no other may be at work."""
+    for left in output_dir.parent.glob(f".{output_dir.name}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

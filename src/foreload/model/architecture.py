@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -147,9 +147,15 @@ def build_meta_model(architecture: Architecture) -> Any:
 
 
 def find_sites(model: Any, architecture: Architecture) -> list[MoeSite]:
-    """Give the model's MoE layers; raise UnsupportedModelError where it has none."""
+    """Give the model's MoE layers.
+
+    Raises:
+        CheckpointError: A token is to have more experts than there are.
+        UnsupportedModelError: It has none.
+    """
     sites = discover_sites(model)
     if sites:
+        _check_top_k(sites, architecture)
         return sites
     name = architecture.model_class.__name__
     if any((getattr(architecture.text_config, key, None) or 0) > 1 for key in _EXPERT_COUNTS):
@@ -160,6 +166,16 @@ def find_sites(model: Any, architecture: Architecture) -> list[MoeSite]:
     raise UnsupportedModelError(
         f"{name} has no experts, so there is nothing to stream", hint=_USE_TRANSFORMERS
     )
+
+
+def _check_top_k(sites: Sequence[MoeSite], architecture: Architecture) -> None:
+    for site in sites:
+        if site.top_k is not None and site.top_k > site.num_experts:
+            raise CheckpointError(
+                f"{architecture.directory / 'config.json'} gives each token {site.top_k} experts "
+                f"of {site.num_experts}",
+                hint="check that config.json belongs to these weights",
+            )
 
 
 @contextmanager

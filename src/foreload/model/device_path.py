@@ -93,6 +93,7 @@ class DevicePath:
         runtime: What happens there.
         slots: Slots of each MoE layer.
         drafter: Makes the rounds of speculative decoding; None without a draft.
+        held: Lets go of threads and memory when it is closed; does not keep the model.
 
     Raises:
         CapacityError: The experts do not fit into host memory.
@@ -208,7 +209,7 @@ class DevicePath:
                     progress=draft_progress,
                 )
             # From here on `release` lets go, the host tier last.
-            self._held = held.pop_all()
+            self.held = held.pop_all()
 
     @property
     def num_bytes(self) -> int:
@@ -271,7 +272,7 @@ class DevicePath:
             self._steps.release()
         # Between two layers of whoever is still running.
         with self.runtime.lock:
-            self._held.close()
+            self.held.close()
 
     def _make_drafter(
         self,

@@ -1,14 +1,17 @@
 """A draft kept as a folder in the cache directory: built in one pass, and mapped from there.
 
-One expert at a time is in memory while it is built, and an unfinished folder is none.
+One expert at a time is in memory while it is built, and an unfinished folder is none. Of several
+processes that want the same draft one builds it, and the others wait.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import mmap
 import shutil
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +20,12 @@ import torch
 from foreload.errors import CheckpointError
 from foreload.memory.checkpoint import CheckpointIndex, read_json
 from foreload.memory.expert_reader import read_experts
-from foreload.memory.writer import SafetensorsStreamWriter
+from foreload.memory.writer import SafetensorsStreamWriter, remove_unfinished
 from foreload.model.draft import DraftExperts
 from foreload.model.draft_layout import DraftLayout, draft_bytes, draft_layouts, quantise_expert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -33,7 +36,16 @@ if TYPE_CHECKING:
 
     Plans = Sequence[Sequence[ExpertPlan]]
 
-__all__ = ["build_draft", "check_draft", "draft_folder", "has_draft", "read_draft"]
+__all__ = [
+    "build_draft",
+    "check_draft",
+    "draft_folder",
+    "has_draft",
+    "read_draft",
+    "read_or_build_draft",
+]
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _WITNESSES = 64
@@ -51,6 +63,28 @@ def draft_folder(cache_dir: Path, identity: str, kind: str) -> Path:
 def has_draft(folder: Path) -> bool:
     """Tell whether a draft has been built there; `check_draft` tells whether it can be used."""
     return (folder / "config.json").is_file()
+
+
+def read_or_build_draft(
+    sites: Sequence[MoeSite],
+    plans: Plans,
+    identity: str,
+    folder: Path,
+    kind: str,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> DraftExperts:
+    """Map a draft, built first where there is none; waits for another process that builds it.
+
+    Arguments and errors are those of `build_draft` and `read_draft`.
+    """
+    if not has_draft(folder):
+        with _wait_turn(folder):
+            # Whoever had the turn before may have built it.
+            if not has_draft(folder):
+                logger.info("building the draft in %s", folder)
+                build_draft(sites, plans, identity, folder, kind, progress=progress)
+    return read_draft(sites, plans, identity, folder, kind)
 
 
 def build_draft(
@@ -175,6 +209,33 @@ def read_draft(
             layout.layer([files[e.path][e.offset : e.offset + e.num_bytes] for e in entries])
         )
     return DraftExperts(layers, kind, draft_bytes(sites, plans, kind))
+
+
+@contextmanager
+def _wait_turn(folder: Path) -> Iterator[None]:
+    """Be the only process that builds in `folder`; the system ends the turn of one that dies."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # The file stays: removed, it would be locked by one process and made anew by the next.
+        file = open(folder.with_name(f".{folder.name}.lock"), "ab")  # noqa: SIM115
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot build a draft in {folder.parent}: {error}",
+            hint="choose another cache_dir, one that can be written to",
+        ) from error
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("waiting for another process that builds the draft in %s", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network filesystems have no locks. Still nobody sees a draft that is not whole.
+            logger.info("nothing can be locked in %s: %s", folder.parent, error.strerror)
+            yield
+            return
+        remove_unfinished(folder)
+        yield
 
 
 def _name(layer: int, expert: int) -> str:

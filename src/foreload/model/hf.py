@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from foreload.errors import CheckpointError, ForeloadError
 from foreload.memory.checkpoint import CheckpointIndex
@@ -153,6 +153,7 @@ def load_model(
         _settle_dtypes(model, meta)
     model.requires_grad_(False)
     sites = discover_sites(model)
+    _refuse_saving(model, sites, index.directory)
     spec = make_spec(architecture, model, sites, plan.experts, index)
     logger.info(
         "loaded %s: %.2f GB dense, %.2f GB in %d experts on disk",
@@ -213,6 +214,24 @@ def strip_experts(model: nn.Module) -> None:
                 site.experts.__dict__[name] = parameter.detach()
         # keeps transformers from initialising parameters that are gone
         site.experts.__dict__["_is_hf_initialized"] = True
+
+
+def _refuse_saving(model: nn.Module, sites: Sequence[MoeSite], directory: Path) -> None:
+    """Let neither the model nor a part of it that has experts be saved: they are not in it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ForeloadError(
+            "this model cannot be saved: its experts are on disk, and what would be written lacks "
+            "them; nothing was written",
+            hint=f"copy the folder it was opened from, {directory}, or load the model with "
+            "transformers and save that",
+        )
+
+    experts = {site.experts for site in sites}
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and not experts.isdisjoint(module.modules()):
+            # On the instances: the classes are transformers' own, and stay as they are.
+            module.__dict__.update(save_pretrained=refuse, push_to_hub=refuse)
 
 
 def _streaming_class(architecture: Architecture) -> type[Any]:

@@ -72,6 +72,7 @@ class HostPath:
         tiers: Where experts are, and how they get there.
         runtime: What happens at each MoE layer.
         drafter: Makes the rounds of speculative decoding; None without a draft.
+        held: Lets go of threads and memory when it is closed; does not keep the model.
 
     Raises:
         TransferError: The checkpoint could not be read.
@@ -149,7 +150,7 @@ class HostPath:
             )
             self.drafter = None if draft is None else self._make_drafter(draft, config, forward)
             # From here on `release` lets go, copies first.
-            self._held = held.pop_all()
+            self.held = held.pop_all()
 
     @property
     def num_bytes(self) -> int:
@@ -189,7 +190,7 @@ class HostPath:
 
     def release(self) -> None:
         """Stop the copies and let go of the experts' memory; may be called twice."""
-        self._held.close()
+        self.held.close()
 
     def _make_drafter(
         self, draft: DraftExperts | ResidentDraft, config: EngineConfig, forward: ForwardAll

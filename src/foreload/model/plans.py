@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from foreload.errors import CheckpointError, UnsupportedModelError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from foreload.memory.checkpoint import CheckpointIndex, TensorEntry
     from foreload.model.architecture import Architecture
+    from foreload.types import FileStamp
 
 __all__ = ["CheckpointPlan", "plan_checkpoint", "plan_experts"]
 
@@ -83,6 +84,7 @@ class _Segment:
     path: str
     offset: int
     num_bytes: int
+    stamp: FileStamp
 
 
 def plan_experts(
@@ -254,11 +256,12 @@ class _Prepared:
         result = []
         for source, entries in zip(self.recipe.sources, self.entries, strict=True):
             if self.is_packed:
-                offset = entries[0].offset + expert * source.num_bytes
-                result.append(_Segment(entries[0].path, offset, source.num_bytes))
+                entry = entries[0]
+                offset, num_bytes = entry.offset + expert * source.num_bytes, source.num_bytes
             else:
                 entry = entries[expert]
-                result.append(_Segment(entry.path, entry.offset, entry.num_bytes))
+                offset, num_bytes = entry.offset, entry.num_bytes
+            result.append(_Segment(entry.path, offset, num_bytes, entry.stamp))
         return result
 
 
@@ -346,10 +349,10 @@ def _merge(
         last = spans[-1] if spans else None
         if last and last.path == segment.path and segment.offset == last.offset + last.num_bytes:
             places[segment] = (len(spans) - 1, last.num_bytes)
-            spans[-1] = Span(last.path, last.offset, last.num_bytes + segment.num_bytes)
+            spans[-1] = replace(last, num_bytes=last.num_bytes + segment.num_bytes)
         else:
             places[segment] = (len(spans), 0)
-            spans.append(Span(segment.path, segment.offset, segment.num_bytes))
+            spans.append(Span(segment.path, segment.offset, segment.num_bytes, segment.stamp))
     return tuple(spans), places
 
 

@@ -37,7 +37,7 @@ IGNORE_PATTERNS = ("original/*", "metal/*", "onnx/*", "*.pth", "*.pt", "*.bin")
 
 _MOST_HEADER_BYTES = 100_000_000
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve_model(name: str) -> Path:
@@ -77,7 +77,8 @@ def open_headers(name: str) -> Iterator[Path]:
         yield local
         return
     repository, revision = _parse_hub_name(name)
-    cached = _find_cached(repository, revision)
+    with _translated_errors(repository, revision):
+        cached = _find_cached(repository, revision)
     if cached is not None:
         yield cached
         return
@@ -90,14 +91,18 @@ def open_headers(name: str) -> Iterator[Path]:
 def _find_local(name: str) -> Path | None:
     if name == DEMO_NAME:
         return _find_demo()
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        return folder
-    if folder.is_file():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot look into the folder {name!r}: {error}", hint="give a folder you may read"
+        ) from error
+    if is_file:
         raise CheckpointError(
             f"{name} is a file", hint="give the folder that holds config.json and this file"
         )
-    return None
+    return folder if name and is_folder else None
 
 
 def _parse_hub_name(name: str) -> tuple[str, str | None]:
@@ -105,7 +110,7 @@ def _parse_hub_name(name: str) -> tuple[str, str | None]:
     if not _HUB_NAME.fullmatch(repository):
         raise CheckpointError(
             f"no folder {name!r}, and it cannot be the name of a Hub model",
-            hint="give an existing folder, or a name such as Qwen/Qwen3-30B-A3B",
+            hint="give an existing folder, demo, or a Hub name such as Qwen/Qwen3-30B-A3B",
         )
     return repository, revision or None
 
@@ -172,36 +177,53 @@ def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
 
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{repository} is gated: its owner asks for an agreement first",
-            hint=f"accept it at https://huggingface.co/{repository}, then set HF_TOKEN",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{repository} has no revision {revision!r}", hint="leave out @revision for the newest"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"no folder and no Hub model is called {repository!r}",
-            hint="check the spelling; a private model needs HF_TOKEN",
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise OfflineError(
-            f"{repository} is not in the local cache, and the Hub cannot be reached",
-            hint="connect once to download it (unset HF_HUB_OFFLINE), or give a local folder",
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise OfflineError(
-            f"the Hub did not deliver {repository}: {error}",
+    # RuntimeError is what the Hub's transfer library raises.
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise _translate(error, repository, revision) from error
+
+
+def _translate(error: Exception, repository: str, revision: str | None) -> CheckpointError:
+    """Say for users what the Hub's library, or its HTTP client, has to say."""
+    from huggingface_hub import errors
+
+    said = " ".join(str(error).split())
+    # Its file system makes one error of all that was not found; the cause tells which.
+    match error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error:
+        case errors.GatedRepoError():
+            return CheckpointError(
+                f"{repository} is gated: its owner asks for an agreement first",
+                hint=f"accept it at https://huggingface.co/{repository}, then set HF_TOKEN",
+            )
+        case errors.RevisionNotFoundError():
+            return CheckpointError(
+                f"{repository} has no revision {revision!r}",
+                hint="leave out @revision for the newest",
+            )
+        case errors.RepositoryNotFoundError():
+            return CheckpointError(
+                f"no folder and no Hub model is called {repository!r}",
+                hint="check the spelling; a private model needs HF_TOKEN",
+            )
+        case ValueError() as refusal if not isinstance(refusal, errors.HTTPError):
+            return CheckpointError(
+                f"no folder {repository!r}, and it is not a Hub name: {said}",
+                hint="give an existing folder, or a Hub name such as Qwen/Qwen3-30B-A3B",
+            )
+    if isinstance(error, errors.HfHubHTTPError):
+        return OfflineError(
+            f"the Hub did not deliver {repository}: {said}",
             hint="try again later; a finished part of the download is kept",
-        ) from error
-    except errors.HFValidationError as error:
-        raise CheckpointError(
-            f"{repository!r} is not a Hub name: {error}", hint="names look like owner/model"
-        ) from error
-    except OSError as error:
-        raise OfflineError(
-            f"{repository} could not be downloaded: {error}",
-            hint="check the connection and the free space in HF_HOME",
-        ) from error
+        )
+    # An HTTP error that is not the Hub's answer: there was none.
+    is_away = (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    if isinstance(error, is_away):
+        return OfflineError(
+            f"no folder {repository!r}; as a Hub model it is not in the local cache, and the Hub "
+            "cannot be reached",
+            hint="check the spelling of a folder; for a Hub model connect once to download it "
+            "(unset HF_HUB_OFFLINE)",
+        )
+    return OfflineError(
+        f"{repository} could not be downloaded: {said}",
+        hint="check the connection and the free space in HF_HOME",
+    )

@@ -265,7 +265,7 @@ def read_estimator(path: Path, identity: str, shape: tuple[int, int, int]) -> Tr
         ):
             raise ValueError(f"its choices are {choices}")
         return TrainedEstimator(networks, choices, vectors)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot read the estimator {path}: {error}", hint=hint) from error
 
 
