@@ -50,12 +50,28 @@ def test_a_machine_too_small_is_an_answer(call: Callable[..., Any], checkpoint: 
     assert json.loads(call("plan", checkpoint, *small, "--json").stdout)["num_fitting"] == 0
 
 
+def test_bandwidths_may_be_written_per_second(call: Callable[..., Any], checkpoint: Path) -> None:
+    words = ("--disk-bandwidth", "7GB/s", "--memory-bandwidth", "20 GB/s", "--json")
+    rates = json.loads(call("plan", checkpoint, *GIVEN, *words).stdout)["machine"]["rates"]
+    assert (rates["disk_bytes_s"], rates["memory_bytes_s"]) == (7e9, 2e10)
+
+
+def test_a_budget_that_nothing_runs_in_is_left_out_and_named(
+    call: Callable[..., Any], checkpoint: Path
+) -> None:
+    result = call("plan", checkpoint, *GIVEN, "--budgets", "3,50")
+    assert result.exit_code == 0, result.stderr
+    assert "left out: 3% of the experts are fewer than a model at work needs" in result.stderr
+    assert "left out:" not in call("plan", checkpoint, *GIVEN, "--budgets", "50,100").stderr
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         ("--disk-bandwidth", "fast"),
         ("--memory-bandwidth", "50%"),
         ("--memory", "0"),
+        ("--memory", "4GB/s"),
         ("--budgets", "150"),
         ("--layer-overhead", "-1"),
         ("--trace", "nowhere.jsonl"),

@@ -94,7 +94,7 @@ def test_the_table_has_a_row_per_policy_and_the_bounds(
 ) -> None:
     result = call("simulate", timed, "--budgets", "25,50", "--evictions", "history,none")
     assert result.exit_code == 0, result.stderr
-    for words in ("12 (25%)", "24 (50%)", "TPOT ms", "30 decoded tokens"):
+    for words in ("12 (25%)", "24 (50%)", "TPOT", "30 decoded tokens"):
         assert words in result.stdout
     for policy in ("history", "none", "lru, no prefetch", "belady, no prefetch"):
         assert result.stdout.count(policy) == 2
@@ -103,7 +103,7 @@ def test_the_table_has_a_row_per_policy_and_the_bounds(
 def test_slots_of_each_layers_own_are_planned_and_shown(
     call: Callable[..., Any], timed: Path
 ) -> None:
-    words = ("simulate", timed, "--budgets", "10,40,50", "--evictions", "lru")
+    words = ("simulate", timed, "--budgets", "12,40,50", "--evictions", "lru")
     answer = json.loads(call(*words, "--json").stdout)
     gains = [budget["slots_per_layer"] for budget in answer["budgets"]]
     assert gains[0] is None, "no layer could serve a token"
@@ -117,7 +117,7 @@ def test_slots_of_each_layers_own_are_planned_and_shown(
     for gain in gains[1:]:
         for name in ("equal", "planned", "unseen_equal", "unseen_planned"):
             assert f"{gain[f'{name}_misses']:.2f}" in table
-    assert "misses per token" not in call("simulate", timed, "--budgets", "10").stdout
+    assert "misses per token" not in call("simulate", timed, "--budgets", "12").stdout
 
 
 def test_the_replay_begins_where_it_is_told_to(call: Callable[..., Any], timed: Path) -> None:
@@ -173,6 +173,10 @@ def test_without_times_there_are_hit_rates_only(call: Callable[..., Any], untime
         ["--budgets", "0"],
         ["--budgets", "half"],
         ["--budgets", "10B"],
+        ["--budgets", "10"],
+        ["--budgets", "4slots"],
+        ["--budgets", "200"],
+        ["--budgets", "200%"],
         ["--predictor", "crystal-ball"],
         ["--predictor", "1.2"],
         ["--bandwidth", "10%"],
@@ -189,6 +193,32 @@ def test_bad_usage_of_simulate_ends_with_2(
     result = call("simulate", timed, *words)
     assert result.exit_code == 2
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("budget", ["10", "4slots", "4kB"])
+def test_a_budget_below_what_an_engine_needs_is_told_the_least(
+    budget: str, call: Callable[..., Any], timed: Path
+) -> None:
+    result = call("simulate", timed, "--budgets", f"50,{budget}", env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert f"--budgets '{budget}': that is 4 of 48 experts; the least is 5slots" in result.stderr
+    assert call("simulate", timed, "--budgets", "5slots", "--evictions", "lru").exit_code == 0
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_names_and_numbers_are_not_cut(
+    is_terminal: bool, call: Callable[..., Any], timed: Path
+) -> None:
+    """Neither in 80 columns, nor where stdout is a file and has none."""
+    terminal = {"FORCE_COLOR": "1", "COLUMNS": "80"} if is_terminal else {"COLUMNS": "20"}
+    result = call("simulate", timed, "--budgets", "25,100", env=terminal)
+    assert result.exit_code == 0, result.stderr
+    assert "…" not in result.stdout
+    for words in ("least-stale", "belady, no prefetch", "48 (100%)", "unseen, planned"):
+        assert words in result.stdout
+    head = next(line for line in result.stdout.splitlines() if "eviction" in line)
+    for name in ("slots", "hits", "late", "misses", "MB", "ms"):
+        assert name in head
 
 
 def test_a_file_that_is_no_trace_is_one_line_of_error(

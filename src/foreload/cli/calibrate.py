@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from foreload.cli.generate import read_text
-from foreload.cli.options import DEFAULT_MODEL, PLAIN_ENGINE, CacheDirOption, ModelArgument
+from foreload.cli.narrow_table import narrow_table
+from foreload.cli.options import DEFAULT_MODEL, HOST_ENGINE, CacheDirOption, ModelArgument
 from foreload.cli.streaming import open_engine
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
@@ -33,7 +34,7 @@ HeldOutOption = Annotated[
 ]
 
 
-@verb(PLAIN_ENGINE.without("predictor", "lookahead_layers", "policy", "confidence"))
+@verb(HOST_ENGINE.without("predictor", "lookahead_layers", "policy", "confidence"))
 def calibrate(
     terminal: Terminal,
     settings: EngineConfig,
@@ -86,16 +87,15 @@ def find_shipped_text(model: str, name: str) -> Path:
 
 def recall_table(result: Any) -> Any:
     """Lay out the recall of a report, a row per layer and a column per predictor."""
-    from rich.table import Table
-
     depths = result.depths
-    table = Table(
-        title=f"Recall at n = {', '.join(map(str, depths))} (top_k is {result.top_k}), percent, "
-        f"on {result.num_held_out_tokens} held-out tokens"
+    table = narrow_table(
+        f"Recall at n = {', '.join(map(str, depths))} (top_k is {result.top_k}), percent, "
+        f"on {result.num_held_out_tokens} held-out tokens",
+        gap=1,
     )
     table.add_column("layer", justify="right")
     for name in result.recall_at_n:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in range(result.num_layers):
         cells = [_cell(recall.get(layer), depths) for recall in result.recall_at_n.values()]
         table.add_row(str(layer), *cells)
@@ -107,4 +107,4 @@ def recall_table(result: Any) -> Any:
 def _cell(recall: dict[int, float] | None, depths: tuple[int, ...]) -> str:
     if not recall:
         return "-"
-    return "  ".join(f"{recall[depth] * 100:5.1f}" for depth in depths)
+    return " ".join(f"{recall[depth] * 100:5.1f}" for depth in depths)

@@ -7,7 +7,7 @@ import typer
 
 from foreload.cli.calibrate import find_shipped_text
 from foreload.cli.generate import read_text
-from foreload.cli.options import DEFAULT_MODEL, PLAIN_ENGINE, CacheDirOption, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, HOST_ENGINE, CacheDirOption, ModelArgument
 from foreload.cli.statistics import config_line
 from foreload.cli.streaming import open_engine
 from foreload.cli.terminal import Terminal
@@ -38,7 +38,7 @@ PromptTokensOption = Annotated[
 ]
 
 
-@verb(PLAIN_ENGINE)
+@verb(HOST_ENGINE)
 def evaluate(
     terminal: Terminal,
     settings: EngineConfig,

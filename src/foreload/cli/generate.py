@@ -51,17 +51,23 @@ def generate(
     Ctrl-C ends the text after the current token; a second one aborts.
     """
     given = _read_prompt(prompt, prompt_file, prompt_ids)
+    if not given:
+        raise ConfigError("the prompt is empty", hint="give at least one token")
     if compare and sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(31))
-    settings = settings.with_values(model=model)
-    with open_engine(terminal, settings, cache_dir) as engine:
+    asked = settings.with_values(model=model)
+    with open_engine(terminal, asked, cache_dir) as engine:
         terminal.note(config_line(engine))
         if compare:
             _warm_up(engine, given)
         result = stream_answer(engine, given, sampling, terminal.write)
-        settings = engine.config
+        settings, context = engine.config, engine.max_positions
     terminal.write("\n")
     terminal.note(statistics_line(result.stats, result.finish_reason, settings.policy))
+    if result.finish_reason == "context":
+        terminal.note(
+            f"the text ends here because the context of {context} tokens is full, prompt included"
+        )
     answer = {
         "text": result.text,
         "token_ids": result.token_ids,
@@ -71,13 +77,7 @@ def generate(
     }
     status = INTERRUPTED if result.finish_reason == "cancelled" else 0
     if compare and not status:
-        on_demand = settings.with_values(
-            policy="exact",
-            predictor="none",
-            eviction="none",
-            draft="none",
-            num_draft_tokens="auto",
-        )
+        on_demand = _on_demand(settings, asked.slot_plan)
         with open_engine(terminal, on_demand, cache_dir) as engine:
             with terminal.status("Running again on demand"):
                 _warm_up(engine, given)
@@ -93,7 +93,7 @@ def generate(
                 "ratio": ratios(result.stats, again.stats),
                 "is_same_text": is_same,
             }
-            terminal.err.print(comparison_table(result.stats, again.stats, settings.policy))
+            terminal.err.print(comparison_table(result.stats, again.stats, settings))
             if not is_same and settings.policy != "exact":
                 terminal.note(f"the two runs gave different texts: {settings.policy} is not exact")
             elif not is_same and settings.draft != "none":
@@ -109,10 +109,37 @@ def generate(
         raise typer.Exit(status)
 
 
+def _on_demand(settings: EngineConfig, slot_plan: str | tuple[int, ...]) -> EngineConfig:
+    """Give the settings of the same run without anything that foreload adds.
+
+    Args:
+        settings: Resolved ones of the first run; the memory and who decides stay as they are.
+        slot_plan: As it was asked for: without a draft there are more slots to divide.
+    """
+    default = EngineConfig()
+    is_device = settings.orchestration == "device"
+    return settings.with_values(
+        policy="exact",
+        confidence=default.confidence,
+        predictor="none",
+        lookahead_layers=default.lookahead_layers,
+        # A device's tables know one rule, and keep what they have fetched.
+        eviction=settings.eviction if is_device else "none",
+        slot_plan=slot_plan,
+        draft="none",
+        num_draft_tokens="auto",
+    )
+
+
 def _warm_up(engine: Any, prompt: str | Sequence[int]) -> None:
-    """Let both runs find torch warm and the expert memory empty."""
+    """Let both runs find torch warm, and the expert memory empty.
+
+    Where the device decides, its slots are left as they are, alike for both runs: emptying them
+    would end the captured steps, and capture is what the device is warmed up for.
+    """
     engine.generate(prompt, max_new_tokens=2)
-    engine.tiers.flush()
+    if engine.config.orchestration == "host":
+        engine.tiers.flush()
 
 
 def read_text(path: Path, max_chars: int = -1) -> str:

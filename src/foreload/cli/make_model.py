@@ -1,14 +1,17 @@
 """`foreload make-model`: checkpoints to benchmark with, made instead of downloaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from foreload.cli.options import choice
+from foreload.cli.options import choice, expand_home
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
 from foreload.config import EngineConfig, format_bytes
+from foreload.errors import ConfigError
 from foreload.model.source import resolve_model
 
 __all__ = ["app"]
@@ -24,7 +27,10 @@ _BFLOAT16: Any = Dtype("bfloat16")
 
 SourceArgument = Annotated[str, typer.Argument(help="Local directory, Hub name, or demo.")]
 DirectoryArgument = Annotated[
-    Path, typer.Argument(help="Folder to make; must not exist, or be empty.", file_okay=False)
+    Path,
+    typer.Argument(
+        help="Folder to make; must not exist, or be empty.", file_okay=False, callback=expand_home
+    ),
 ]
 ShapeArgument = Annotated[
     str, typer.Argument(help="Whose shape, such as qwen3-30b-a3b; a wrong name lists all.")
@@ -51,7 +57,7 @@ def widen(
     with terminal.status("Starting"):
         from foreload.bench.widen import widen_checkpoint
     folder = resolve_model(source)
-    with terminal.progress(is_bytes=True) as report:
+    with _writing(directory), terminal.progress(is_bytes=True) as report:
         widen_checkpoint(
             folder,
             directory,
@@ -77,7 +83,7 @@ def random(
     """
     with terminal.status("Starting"):
         from foreload.bench.random_models import make_random_checkpoint
-    with terminal.progress(is_bytes=True) as report:
+    with _writing(directory), terminal.progress(is_bytes=True) as report:
         make_random_checkpoint(
             shape,
             directory,
@@ -88,6 +94,21 @@ def random(
         )
     made = {"shape": shape, "layers": layers, "dtype": dtype.value, "seed": seed}
     _finish(terminal, directory, made)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Say which folder cannot be made.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make {directory}: {error}", hint="give a folder that can be written to"
+        ) from error
 
 
 def _finish(terminal: Terminal, directory: Path, made: dict[str, Any]) -> None:

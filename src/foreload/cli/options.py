@@ -24,6 +24,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "ENGINE",
     "HELP",
+    "HOST_ENGINE",
     "OUTPUT",
     "PLAIN_ENGINE",
     "SAMPLING",
@@ -31,6 +32,8 @@ __all__ = [
     "ModelArgument",
     "OptionGroup",
     "choice",
+    "expand_home",
+    "parse_bandwidth",
     "parse_budgets",
     "parse_bytes",
 ]
@@ -62,6 +65,19 @@ HELP = {
 
 DEFAULT_MODEL = EngineConfig().model
 
+
+def expand_home(path: Path | None) -> Path | None:
+    """Give a path with its "~", which shells leave in --option=~/folder.
+
+    Raises:
+        BadParameter: No such user.
+    """
+    try:
+        return None if path is None else path.expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{path}: {error}") from error
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(help="Local directory, Hub name (owner/model), or demo.", metavar="MODEL"),
@@ -72,6 +88,7 @@ CacheDirOption = Annotated[
         help="Where calibrations, estimators and drafts are kept.",
         show_default="~/.cache/foreload",
         file_okay=False,
+        callback=expand_home,
         rich_help_panel="Engine",
     ),
 ]
@@ -135,11 +152,23 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     try:
         shares = tuple(float(word.removesuffix("%")) / 100 for word in words)
-    except ValueError as error:
-        raise typer.BadParameter(f"--budgets: {error}") from error
+    except ValueError:
+        shares = ()
     if not shares or not all(0 < share <= 1 for share in shares):
-        raise typer.BadParameter(f"--budgets {text!r}: give percentages above 0, such as 10,25")
+        raise typer.BadParameter(
+            f"--budgets {text!r}: give percentages of all experts, above 0 and at most 100, such "
+            "as 10,25"
+        )
     return shares
+
+
+def parse_bandwidth(option: str, text: str) -> int:
+    """Turn "3.2GB" or "3.2GB/s" into bytes per second.
+
+    Raises:
+        BadParameter: Something else.
+    """
+    return parse_bytes(option, text.strip().removesuffix("/s"))
 
 
 def parse_bytes(option: str, text: str, whole_bytes: int | None = None) -> int:
@@ -195,6 +224,8 @@ def _flag(name: str, text: str) -> inspect.Parameter:
 ENGINE = _group("settings", EngineConfig, "Engine", skipped=("model",))
 PLAIN_ENGINE = ENGINE.without("draft", "num_draft_tokens")
 """For verbs that run a text as it is given: there is nothing to draft."""
+HOST_ENGINE = PLAIN_ENGINE.without("orchestration", "slot_plan")
+"""For verbs that watch what only the host's loop shows."""
 SAMPLING = _group("sampling", SamplingConfig, "Sampling")
 OUTPUT = (
     _flag("is_json", "Print one JSON object to stdout, everything else to stderr."),

@@ -1,12 +1,20 @@
 """`foreload plan`: what fits, which settings to use and what to expect, before anything runs."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreload.cli.options import DEFAULT_MODEL, ENGINE, ModelArgument, parse_budgets, parse_bytes
+from foreload.cli.options import (
+    DEFAULT_MODEL,
+    ENGINE,
+    ModelArgument,
+    parse_bandwidth,
+    parse_budgets,
+    parse_bytes,
+)
 from foreload.cli.slot_table import slot_table
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
@@ -33,7 +41,7 @@ BudgetsOption = Annotated[str, typer.Option(help="Expert memories, in percent of
 DiskOption = Annotated[
     str | None,
     typer.Option(
-        help='What the disk delivers per second, such as "3GB".',
+        help='What the disk delivers per second, such as "3GB/s".',
         metavar="SIZE",
         show_default="measured",
         rich_help_panel=_MACHINE,
@@ -100,7 +108,7 @@ def plan(
     """
     shares = parse_budgets(budgets)
     bandwidths = [
-        None if text is None else float(parse_bytes(name, text))
+        None if text is None else float(parse_bandwidth(name, text))
         for text, name in (
             (disk_bandwidth, "--disk-bandwidth"),
             (memory_bandwidth, "--memory-bandwidth"),
@@ -131,7 +139,7 @@ def plan(
     if answer.slot_plans:
         terminal.show(slot_table([gain.to_dict() for gain in answer.slot_plans], answer.num_slots))
     terminal.show(_advice(answer))
-    for note in answer.notes:
+    for note in [*_left_out(answer, shares), *answer.notes]:
         terminal.note(note)
 
 
@@ -198,6 +206,15 @@ def _advice(answer: "RunPlan") -> str:
         f"--predictor {advice.predictor}: expect {expected} ms per token. "
         f"Limited by {_LIMITS[advice.limit]}: {advice.reason}."
     )
+
+
+def _left_out(answer: "RunPlan", shares: Sequence[float]) -> list[str]:
+    """Name the budgets that no engine could run in."""
+    least = min((arm.num_slots for arm in answer.arms), default=answer.num_slots)
+    small = [f"{100 * share:g}%" for share in shares if round(share * answer.num_slots, 6) < least]
+    if not small:
+        return []
+    return [f"left out: {', '.join(small)} of the experts are fewer than a model at work needs"]
 
 
 def _range(low_s: float, high_s: float) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from foreload.cli.options import parse_bytes
+from foreload.cli.narrow_table import narrow_table
+from foreload.cli.options import parse_bandwidth, parse_budgets, parse_bytes
 from foreload.cli.slot_table import slot_table
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
@@ -68,7 +69,7 @@ PredictorOption = Annotated[
     str, typer.Option(help="none, trace (its own predictions), oracle, or a recall from 0 to 1.")
 ]
 BandwidthOption = Annotated[
-    str | None, typer.Option(help="Of the link, such as 3.2GB.", show_default="the trace's")
+    str | None, typer.Option(help="Of the link, such as 3.2GB/s.", show_default="the trace's")
 ]
 ComputeTimeOption = Annotated[
     str | None,
@@ -169,6 +170,7 @@ def simulate(
     terminal.show(_table(recorded, results))
     gains = [result["slots_per_layer"] for result in results if result["slots_per_layer"]]
     if gains:
+        terminal.show("")
         terminal.show(slot_table(gains, recorded.num_layers * recorded.num_experts))
     if machine is None:
         terminal.note("for times give --bandwidth and --compute-time: the trace has none")
@@ -212,7 +214,7 @@ def _find_machine(
     """Give bandwidth and times as asked for, else as recorded; None where one is not known."""
     bytes_s = info.bandwidth_bytes_s
     if bandwidth is not None:
-        bytes_s = parse_bytes("--bandwidth", bandwidth.removesuffix("/s"))
+        bytes_s = parse_bandwidth("--bandwidth", bandwidth)
     dense_s, expert_s = info.dense_s, info.expert_s
     if compute_time is not None:
         token_s = _parse_duration("--compute-time", compute_time)
@@ -229,15 +231,15 @@ def _find_machine(
 
 
 def _table(trace: "RoutingTrace", results: Sequence[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(
-        title=f"{trace.num_layers} layers of {trace.num_experts} experts, "
-        f"{len(trace.decode_part().steps)} decoded tokens; percent of lookups, per token"
+    table = narrow_table(
+        f"{trace.num_layers} layers of {trace.num_experts} experts, "
+        f"{len(trace.decode_part().steps)} decoded tokens; percent of lookups, per token",
+        gap=2,
     )
-    for name in ("slots", "eviction", "hits", "late", "misses", "MB", "stall ms", "TPOT ms"):
-        table.add_column(name, justify="left" if name == "eviction" else "right")
-    table.add_column("limit ms", justify="right")
+    table.add_column("slots", justify="right")
+    table.add_column("eviction", min_width=len("least-stale"))
+    for name in ("hits", "late", "misses", "MB", "stall\nms", "TPOT\nms", "limit\nms"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         slots = f"{result['num_slots']} ({result['share']:.0%})"
         limits = result["limits"]
@@ -292,14 +294,19 @@ def _parse_predictor(text: str) -> str | float:
 def _parse_budget(text: str, trace: "RoutingTrace", info: "TraceInfo") -> int:
     """Turn a share, bytes or slots into slots."""
     whole = trace.num_layers * trace.num_experts
-    if text.endswith("slots") and text.removesuffix("slots").isdigit():
+    words = text.removesuffix("%").rstrip()
+    if text.endswith("slots") and text.removesuffix("slots").strip().isdecimal():
         num_slots = int(text.removesuffix("slots"))
+    elif text.endswith("%") or words.replace(".", "", 1).isdecimal():
+        num_slots = int(parse_budgets(words)[0] * whole)
     else:
-        size = max(info.expert_bytes)
-        percent = text if not text.replace(".", "", 1).isdigit() else f"{text}%"
-        num_slots = parse_bytes("--budgets", percent, whole_bytes=whole * size) // size
-    if num_slots < 1:
-        raise typer.BadParameter(f"--budgets {text!r}: not one expert fits")
+        num_slots = parse_bytes("--budgets", text) // max(info.expert_bytes)
+    least = info.top_k + 1
+    if num_slots < least:
+        raise typer.BadParameter(
+            f"--budgets {text!r}: that is {num_slots} of {whole} experts; the least is {least}slots, "
+            f"for {info.top_k} experts at work and one on its way"
+        )
     return min(num_slots, whole)
 
 

@@ -9,6 +9,7 @@ from foreload.config import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from foreload.config import EngineConfig
     from foreload.engine import Engine
     from foreload.metrics import RequestStats
 
@@ -72,13 +73,22 @@ def statistics_line(stats: RequestStats, finish_reason: str, policy: str) -> str
     return ", ".join(parts)
 
 
-def comparison_table(ours: RequestStats, on_demand: RequestStats, policy: str) -> Table:
-    """Set a run beside the same run on demand."""
+def comparison_table(
+    ours: RequestStats, on_demand: RequestStats, settings: EngineConfig
+) -> Table:
+    """Set a run beside the same run on demand.
+
+    Args:
+        ours: Of the run.
+        on_demand: Of the other.
+        settings: Of the run, resolved.
+    """
     from rich.table import Table
 
-    table = Table(caption="on demand: exact, nothing is prefetched, no expert is kept")
+    kept = "the same memory" if settings.orchestration == "device" else "no expert is kept"
+    table = Table(caption=f"on demand: exact, nothing is prefetched, {kept}")
     table.add_column("")
-    more = ("speculated",) if policy != "exact" else ()
+    more = ("speculated",) if settings.policy != "exact" else ()
     for name in ("TTFT", "TPOT", "hit rate", "bytes read", *more):
         table.add_column(name, justify="right")
     for name, stats in (("foreload", ours), ("on demand", on_demand)):

@@ -7,12 +7,15 @@ stderr is a terminal. Nothing here knows what the verbs do.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from foreload.errors import ForeloadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +27,30 @@ if TYPE_CHECKING:
     Report = Callable[[str, int, int], None]
 
 __all__ = ["Terminal"]
+
+_NO_TERMINAL_COLUMNS = 1000
+"""A file has no edge at which tables would have to be cut or folded."""
+
+
+class _Results(Console):
+    """Prints results; tells whoever prints them that nobody reads them any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class _Notes(Console):
+    """Prints what stands beside results, as long as somebody reads it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+def _console(kind: type[Console], **settings: Any) -> Console:
+    console = kind(highlight=False, **settings)
+    if not console.is_terminal:
+        console.width = _NO_TERMINAL_COLUMNS
+    return console
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +68,38 @@ class Terminal:
     is_json: bool = False
     is_quiet: bool = False
     is_debug: bool = False
-    out: Console = field(default_factory=lambda: Console(highlight=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    out: Console = field(default_factory=lambda: _console(_Results))
+    err: Console = field(default_factory=lambda: _console(_Notes, stderr=True))
 
     def write(self, text: str) -> None:
         """Write a piece of generated text to stdout at once, unless stdout is for JSON."""
         if not self.is_json:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            with _to_stdout():
+                sys.stdout.write(text)
 
     def show(self, result: RenderableType) -> None:
         """Print a result for people to stdout, unless stdout is for JSON."""
         if not self.is_json:
-            self.out.print(result, markup=False)
+            with _to_stdout():
+                self.out.print(result, markup=False)
 
     def print_json(self, values: dict[str, Any]) -> None:
         """Print the JSON object to stdout, if it was asked for."""
         if self.is_json:
-            sys.stdout.write(json.dumps(values) + "\n")
-            sys.stdout.flush()
+            with _to_stdout():
+                sys.stdout.write(json.dumps(values) + "\n")
+
+    def require_stdout(self) -> None:
+        """Check that results can go somewhere.
+
+        Raises:
+            ForeloadError: stdout is closed.
+        """
+        if sys.stdout is None:
+            raise ForeloadError(
+                "stdout is closed: there is nowhere to print results",
+                hint="send it to /dev/null if you do not want them",
+            )
 
     def note(self, text: str) -> None:
         """Print a line beside the result to stderr, unless quiet."""
@@ -112,3 +152,25 @@ class Terminal:
         finally:
             if tasks:
                 bars.stop()
+
+
+@contextmanager
+def _to_stdout() -> Iterator[None]:
+    """Let what the block prints reach stdout, or say why it does not.
+
+    Raises:
+        BrokenPipeError: The reader of stdout is gone.
+        ForeloadError: The disk is full, or the like.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        # Whatever is still buffered must not fail again when the interpreter ends.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ForeloadError(
+            f"cannot write to stdout: {error}", hint="see where it leads, and whether there is room"
+        ) from error

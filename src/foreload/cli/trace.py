@@ -6,7 +6,13 @@ from typing import Annotated
 import typer
 
 from foreload.cli.generate import read_text
-from foreload.cli.options import DEFAULT_MODEL, PLAIN_ENGINE, CacheDirOption, ModelArgument
+from foreload.cli.options import (
+    DEFAULT_MODEL,
+    PLAIN_ENGINE,
+    CacheDirOption,
+    ModelArgument,
+    expand_home,
+)
 from foreload.cli.statistics import config_line
 from foreload.cli.streaming import open_engine
 from foreload.cli.terminal import Terminal
@@ -19,7 +25,12 @@ __all__ = ["trace"]
 _SHIPPED_TEXT = "held_out.txt"
 
 OutputOption = Annotated[
-    Path, typer.Option(help="The trace; compressed where the name ends in .gz.", dir_okay=False)
+    Path,
+    typer.Option(
+        help="The trace; compressed where the name ends in .gz.",
+        dir_okay=False,
+        callback=expand_home,
+    ),
 ]
 TextOption = Annotated[
     Path | None,

@@ -7,7 +7,7 @@ import typer
 
 from foreload.cli.calibrate import SHIPPED_TEXT, find_shipped_text, recall_table
 from foreload.cli.generate import read_text
-from foreload.cli.options import DEFAULT_MODEL, PLAIN_ENGINE, CacheDirOption, ModelArgument
+from foreload.cli.options import DEFAULT_MODEL, HOST_ENGINE, CacheDirOption, ModelArgument
 from foreload.cli.streaming import open_engine
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import verb
@@ -53,7 +53,12 @@ BufferOption = Annotated[
 SeedOption = Annotated[int, typer.Option(help="Seed of first weights and order.", min=0)]
 
 
-@verb(PLAIN_ENGINE.without("predictor", "lookahead_layers", "policy", "confidence"))
+# It is trained on the processor, wherever it is used.
+@verb(
+    HOST_ENGINE.without(
+        "device", "host_memory", "predictor", "lookahead_layers", "policy", "confidence"
+    )
+)
 def train_estimator(
     terminal: Terminal,
     settings: EngineConfig,
@@ -79,7 +84,9 @@ def train_estimator(
         raise typer.BadParameter(f"--buffer: {error}") from error
     files = text or [find_shipped_text(model, SHIPPED_TEXT)]
     sample = "\n".join(read_text(file, 16 * max_tokens) for file in files)
-    settings = settings.with_values(model=model, predictor="lookahead", lookahead_layers=1)
+    settings = settings.with_values(
+        model=model, device="cpu", predictor="lookahead", lookahead_layers=1
+    )
     with open_engine(terminal, settings, cache_dir, needs_host=True) as engine:
         from foreload import train_estimator as training
 

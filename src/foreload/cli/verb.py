@@ -5,7 +5,6 @@ Exit status: 0 success, 1 an error, 2 bad usage, 130 interrupted, 141 the reader
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
@@ -61,8 +60,8 @@ def verb(*groups: OptionGroup) -> Callable[[Callable[..., None]], Callable[..., 
             flags = {parameter.name: values.pop(parameter.name) for parameter in OUTPUT}
             terminal = Terminal(**flags)
             with _guarded(terminal), _logging(terminal):
+                terminal.require_stdout()
                 function(terminal, **objects, **values)
-                sys.stdout.flush()
 
         parameters = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -86,9 +85,6 @@ def _guarded(terminal: Terminal) -> Iterator[None]:
         terminal.err.print("\ninterrupted", style="dim")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        # Whatever is still buffered must not fail again when the interpreter ends.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(BROKEN_PIPE) from None
     except Exception as error:
         if terminal.is_debug:

@@ -172,9 +172,16 @@ def simulate(trace: RoutingTrace, settings: SimulationSettings) -> SimulationRes
         settings: Machine and settings.
 
     Raises:
-        ConfigError: An unknown policy or predictor, predictions the trace does not have, or no
-            step to count.
+        ConfigError: An unknown policy or predictor, predictions the trace does not have, no step
+            to count, or fewer slots than an engine needs.
     """
+    least = _top_k(trace) + 1
+    if settings.num_slots < least:
+        raise ConfigError(
+            f"num_slots={settings.num_slots} must be at least {least}: {least - 1} experts at work "
+            "and one on its way",
+            hint="give more slots, or a trace of a model with fewer experts per token",
+        )
     return _Simulation(trace, settings).run()
 
 
