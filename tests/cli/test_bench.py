@@ -77,7 +77,7 @@ def test_budgets_and_contexts_are_the_suites_unless_given(
         (["--contexts", "0"], "give lengths above 0"),
         (["--contexts", "100,long"], "give lengths above 0"),
         (["--contexts", ","], "give lengths above 0"),
-        (["--budgets", "0"], "give percentages above 0"),
+        (["--budgets", "0"], "give percentages of all experts"),
     ],
 )
 def test_wrong_usage_is_refused(

@@ -201,11 +201,16 @@ def test_it_refuses_what_cannot_work(checkpoint: Path, engine: Engine) -> None:
         calibrate(blind, list(range(40)))
 
 
+@pytest.mark.parametrize("verb", ["calibrate", "evaluate", "train-estimator"])
 def test_watching_experts_needs_the_host(
-    call: Callable[..., Any], checkpoint: Path, text_file: Path
+    call: Callable[..., Any], checkpoint: Path, text_file: Path, verb: str
 ) -> None:
-    words = ("--device", "cpu", "--orchestration", "device")
-    result = call("calibrate", checkpoint, "--text", text_file, *words)
-    assert result.exit_code == 1
-    assert "needs the host to decide about experts" in result.stderr
-    assert "Traceback" not in result.stderr
+    result = call(verb, checkpoint, "--text", text_file, "--orchestration", "device")
+    assert result.exit_code == 2
+    assert "No such option" in result.stderr
+
+
+def test_an_engine_whose_device_decides_shows_nothing(checkpoint: Path) -> None:
+    opened = Engine.from_pretrained(checkpoint, device="cpu", orchestration="device")
+    with opened as engine, pytest.raises(ConfigError, match="needs the host to decide"):
+        calibrate(engine, list(range(40)))

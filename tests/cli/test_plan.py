@@ -62,7 +62,8 @@ def test_a_budget_that_nothing_runs_in_is_left_out_and_named(
     result = call("plan", checkpoint, *GIVEN, "--budgets", "3,50")
     assert result.exit_code == 0, result.stderr
     assert "left out: 3% of the experts are fewer than a model at work needs" in result.stderr
-    assert "left out:" not in call("plan", checkpoint, *GIVEN, "--budgets", "50,100").stderr
+    said = call("plan", checkpoint, *GIVEN, "--budgets", "50,100").stderr
+    assert "fewer than a model at work" not in said
 
 
 @pytest.mark.parametrize(

@@ -304,8 +304,8 @@ def _parse_budget(text: str, trace: "RoutingTrace", info: "TraceInfo") -> int:
     least = info.top_k + 1
     if num_slots < least:
         raise typer.BadParameter(
-            f"--budgets {text!r}: that is {num_slots} of {whole} experts; the least is {least}slots, "
-            f"for {info.top_k} experts at work and one on its way"
+            f"--budgets {text!r}: that is {num_slots} of {whole} experts; the least is "
+            f"{least}slots, for {info.top_k} experts at work and one on its way"
         )
     return min(num_slots, whole)
 

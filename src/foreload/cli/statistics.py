@@ -73,9 +73,7 @@ def statistics_line(stats: RequestStats, finish_reason: str, policy: str) -> str
     return ", ".join(parts)
 
 
-def comparison_table(
-    ours: RequestStats, on_demand: RequestStats, settings: EngineConfig
-) -> Table:
+def comparison_table(ours: RequestStats, on_demand: RequestStats, settings: EngineConfig) -> Table:
     """Set a run beside the same run on demand.
 
     Args:
