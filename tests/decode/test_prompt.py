@@ -61,7 +61,7 @@ def test_tokens_outside_the_vocabulary_are_refused(prompt: list[int]) -> None:
         torch.tensor([[3]]),
         np.float64(0.5),
     ],
-    ids=str,
+    ids=lambda prompt: str(prompt).partition(" at 0x")[0],
 )
 def test_what_is_no_token_is_refused_with_what_would_be(prompt: Any) -> None:
     with pytest.raises(ConfigError, match="neither text, token ids nor chat messages") as caught:
