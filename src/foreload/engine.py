@@ -34,7 +34,7 @@ from foreload.model.device_path import DevicePath
 from foreload.model.graph import forward_all
 from foreload.model.hf import attach, detach, load_model, load_tokenizer
 from foreload.model.host_path import HostPath
-from foreload.model.kv_cache import make_kv_cache, rewind
+from foreload.model.kv_cache import make_kv_cache, pass_cache, rewind
 from foreload.model.memory_guard import MemoryGuard
 from foreload.model.selfcheck import find_sum_rules
 from foreload.model.source import resolve_model
@@ -443,8 +443,8 @@ class Engine:
         with torch.inference_mode():
             output = self.model(
                 input_ids=token_ids.to(self.model.device),
-                past_key_values=kv_cache,
                 use_cache=True,
+                **pass_cache(self.model, kv_cache),
                 **self._last_logits_only,
             )
             logits: Tensor = output.logits[0, -1].cpu()

@@ -14,6 +14,7 @@ from transformers import masking_utils
 
 import zoo
 from fakes import make_engine
+from foreload.model.kv_cache import pass_cache
 from foreload.ops.device_tables import WorkList
 from watch import Watch
 
@@ -176,7 +177,7 @@ def test_a_long_input_asks_once_per_layer(tmp_path: Path, monkeypatch: pytest.Mo
         tokens = torch.tensor([list(range(3, 40))])
         monkeypatch.setattr(torch.Tensor, "tolist", tolist)
         with Watch() as watch, torch.inference_mode():
-            engine.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            engine.model(input_ids=tokens, **pass_cache(engine.model, cache), use_cache=True)
         assert not watch.asked
         assert len(asked) == engine.spec.num_moe_layers
 

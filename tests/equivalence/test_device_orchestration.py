@@ -17,7 +17,7 @@ from fakes import make_engine
 from foreload.errors import ForeloadError
 from foreload.model import device_plan
 from foreload.model.device_plan import block_bytes, device_layouts
-from foreload.model.kv_cache import make_static_cache
+from foreload.model.kv_cache import make_static_cache, pass_cache
 from foreload.model.source import resolve_model
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def logits_of(engine: Engine, prompt: list[int], cache: Any) -> Iterator[torch.T
         # Never across a yield: two that take turns would leave the mode switched on.
         with torch.inference_mode():
             output = engine.model(
-                input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
+                input_ids=torch.tensor([ids]), **pass_cache(engine.model, cache), use_cache=True
             )
         yield output.logits
 
@@ -128,7 +128,7 @@ def test_in_half_precision_logits_are_those_of_transformers(
         for number, ids in enumerate(tokens.split([19, 1, 3, 1, 5, 1, 34], dim=1)):
             with torch.inference_mode():
                 wanted, *found = (
-                    model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                    model(input_ids=ids, **pass_cache(model, cache), use_cache=True).logits
                     for model, cache in zip(models, caches, strict=True)
                 )
             for logits in found:

@@ -14,6 +14,7 @@ import torch
 
 import zoo
 from foreload import Engine, UnsupportedModelError
+from foreload.model.kv_cache import pass_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,7 +109,7 @@ def prefill_and_decode(
         for step in range(DECODE_STEPS):
             output = model(
                 input_ids=torch.tensor([[11 + 5 * step]]),
-                past_key_values=output.past_key_values,
+                **pass_cache(model, output.past_key_values),
                 **checkpoint.extra_inputs,
                 **asked,
             )

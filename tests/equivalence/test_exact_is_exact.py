@@ -16,6 +16,7 @@ import torch
 
 import zoo
 from fakes import NoisePredictor, assert_settled, make_engine
+from foreload.model.kv_cache import pass_cache
 from foreload.predict.oracle import Oracle
 
 if TYPE_CHECKING:
@@ -93,12 +94,12 @@ def run(
 ) -> Iterator[torch.Tensor]:
     """Yield the logits of the prompt and of each token after it; the tokens are fixed."""
     with torch.no_grad():
-        output = model(input_ids=checkpoint.input_ids, past_key_values=cache, use_cache=True)
+        output = model(input_ids=checkpoint.input_ids, **pass_cache(model, cache), use_cache=True)
         yield output.logits
         for token in DECODED:
             output = model(
                 input_ids=torch.tensor([[token]]),
-                past_key_values=output.past_key_values,
+                **pass_cache(model, output.past_key_values),
                 use_cache=True,
             )
             yield output.logits
@@ -185,8 +186,10 @@ def test_prefill_in_chunks_routes_and_counts_as_in_one(
         ours, theirs = engine.make_cache(), None
         for chunk in checkpoint.input_ids.split(5, dim=1):
             with torch.no_grad():
-                own = engine.model(input_ids=chunk, past_key_values=ours, use_cache=True)
-                other = model(input_ids=chunk, past_key_values=theirs, use_cache=True)
+                own = engine.model(
+                    input_ids=chunk, **pass_cache(engine.model, ours), use_cache=True
+                )
+                other = model(input_ids=chunk, **pass_cache(model, theirs), use_cache=True)
             theirs = other.past_key_values
             assert torch.equal(own.logits, other.logits)
         assert engine.metrics.num_steps == 5

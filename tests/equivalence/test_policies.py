@@ -14,6 +14,7 @@ import torch
 
 import zoo
 from fakes import NoisePredictor, assert_settled, make_engine
+from foreload.model.kv_cache import pass_cache
 from foreload.model.runtime import ExpertRuntime
 from foreload.model.sites import EarlyRouter
 from foreload.predict.calibration import calibration_path, read_default_vectors
@@ -52,7 +53,7 @@ def run(model: PreTrainedModel, prompt: Tensor, cache: Any = None) -> list[Tenso
     logits = []
     with torch.no_grad():
         for ids in (prompt, *(torch.tensor([[token]]) for token in DECODED)):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            output = model(input_ids=ids, **pass_cache(model, cache), use_cache=True)
             logits.append(output.logits)
             cache = output.past_key_values
     return logits
@@ -443,7 +444,7 @@ def run_batch(model: PreTrainedModel, batch: Tensor) -> list[Tensor]:
         output = model(input_ids=batch, use_cache=True)
         again = model(
             input_ids=torch.tensor([[11], [16]]),
-            past_key_values=output.past_key_values,
+            **pass_cache(model, output.past_key_values),
             use_cache=True,
         )
     return [output.logits, again.logits]

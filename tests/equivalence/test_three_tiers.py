@@ -19,6 +19,7 @@ from foreload.errors import ConfigError
 from foreload.memory.device_slots import DeviceSlots
 from foreload.memory.host_tier import HostTier
 from foreload.memory.throttle import ThrottledBackend
+from foreload.model.kv_cache import pass_cache
 from foreload.resolution import slot_size
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def logits_of(engine: Engine) -> list[torch.Tensor]:
     with torch.inference_mode():
         for ids in (list(range(3, 22)), *([token] for token in more)):
             output = engine.model(
-                input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
+                input_ids=torch.tensor([ids]), **pass_cache(engine.model, cache), use_cache=True
             )
             found.append(output.logits)
             engine.tiers.cache.check()

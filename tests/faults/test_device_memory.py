@@ -19,6 +19,7 @@ from foreload.memory import cuda
 from foreload.memory.host_arena import HostArena
 from foreload.model import graph
 from foreload.model import runtime as runtime_module
+from foreload.model.kv_cache import pass_cache
 from foreload.ops import device_experts
 from foreload.ops.device_experts import TwinKernels
 from pretend_cuda import FREE_BYTES, Runtime, pretend_cuda
@@ -79,7 +80,9 @@ def by_stream(engine: Engine) -> None:
 def by_model(engine: Engine) -> None:
     cache = engine.make_cache()
     for token in (*PROMPT, *PROMPT):
-        engine.model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        engine.model(
+            input_ids=torch.tensor([[token]]), **pass_cache(engine.model, cache), use_cache=True
+        )
 
 
 RUNS: list[Callable[[Engine], None]] = [by_generate, by_stream, by_model]

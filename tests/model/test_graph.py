@@ -15,7 +15,7 @@ import torch
 from fake_cuda import FakeCuda
 from foreload.errors import ForeloadError
 from foreload.model.graph import FilledNumbers, StepGraph, StepGraphs
-from foreload.model.kv_cache import clear_static, make_static_cache, rewind_static
+from foreload.model.kv_cache import clear_static, make_static_cache, pass_cache, rewind_static
 from watch import Watch
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def test_a_number_becomes_a_tensor_without_a_copy_from_the_host(number: float) -
 
 def forward(model: PreTrainedModel, token_ids: Tensor, cache: Any) -> Tensor:
     with torch.inference_mode():
-        return model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits[0]
+        return model(input_ids=token_ids, **pass_cache(model, cache), use_cache=True).logits[0]
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from foreload.model.kv_cache import (
     clear_static,
     make_kv_cache,
     make_static_cache,
+    pass_cache,
     rewind,
     rewind_static,
 )
@@ -44,7 +45,7 @@ def assert_equal(ours: DynamicCache, theirs: DynamicCache) -> None:
 
 def run(model: PreTrainedModel, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        return model(input_ids=tokens, **pass_cache(model, cache), use_cache=True).logits
 
 
 def both(model: PreTrainedModel) -> tuple[DynamicCache, DynamicCache]:
@@ -181,8 +182,10 @@ def test_a_model_with_a_cache_class_of_its_own_gets_that() -> None:
     ours = make_kv_cache(minimax)
     assert type(ours).__name__ == "MiniMaxCache"
     with torch.no_grad():
-        first = minimax(input_ids=zoo.prompt(9)[:, :5], past_key_values=ours, use_cache=True)
-        second = minimax(input_ids=zoo.prompt(9)[:, 5:], past_key_values=ours, use_cache=True)
+        first = minimax(input_ids=zoo.prompt(9)[:, :5], **pass_cache(minimax, ours), use_cache=True)
+        second = minimax(
+            input_ids=zoo.prompt(9)[:, 5:], **pass_cache(minimax, ours), use_cache=True
+        )
         whole = minimax(input_ids=zoo.prompt(9), use_cache=True).last_hidden_state
     parts = [first.last_hidden_state, second.last_hidden_state]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
@@ -264,8 +267,12 @@ class TestStatic:
             for size in (5, 1, 1, 20, 1, 3):
                 tokens = zoo.prompt(size) + size
                 with torch.inference_mode():
-                    found = model(input_ids=tokens, past_key_values=ours, use_cache=True).logits
-                    wanted = model(input_ids=tokens, past_key_values=theirs, use_cache=True).logits
+                    found = model(
+                        input_ids=tokens, **pass_cache(model, ours), use_cache=True
+                    ).logits
+                    wanted = model(
+                        input_ids=tokens, **pass_cache(model, theirs), use_cache=True
+                    ).logits
                 torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
             with torch.inference_mode():
                 clear_static(ours)
@@ -274,9 +281,9 @@ class TestStatic:
     def test_its_buffers_stay_where_they_are(self, model: PreTrainedModel) -> None:
         cache = make_static_cache(model, 64)
         with torch.inference_mode():
-            model(input_ids=zoo.prompt(5), past_key_values=cache, use_cache=True)
+            model(input_ids=zoo.prompt(5), **pass_cache(model, cache), use_cache=True)
             before = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
-            model(input_ids=zoo.prompt(30), past_key_values=cache, use_cache=True)
+            model(input_ids=zoo.prompt(30), **pass_cache(model, cache), use_cache=True)
             rewind_static(cache, 20)
             assert {int(layer.cumulative_length) for layer in cache.layers} == {15}
             clear_static(cache)

@@ -14,6 +14,7 @@ from foreload.memory.expert_reader import read_experts
 from foreload.model.dequantise import BlockFp8
 from foreload.model.device_plan import block_bytes, block_plans, device_layouts
 from foreload.model.hf import load_model
+from foreload.model.kv_cache import pass_cache
 from foreload.model.recipes import ConvertExpert
 from foreload.model.stored import stored_layout
 from foreload.ops.device_layout import StoredFormat, store_expert, unpack_expert
@@ -66,7 +67,7 @@ def test_an_engine_on_stored_experts_has_the_dequantised_models_logits(
         # A prompt that streams its experts, one token, and a few that want several each.
         for some in ids[:, :44].split((40, 1, 3), dim=1):
             found, wanted = (
-                model(some, past_key_values=cache, use_cache=True)
+                model(some, **pass_cache(model, cache), use_cache=True)
                 for model, cache in zip((engine.model, reference), caches, strict=True)
             )
             caches = [found.past_key_values, wanted.past_key_values]

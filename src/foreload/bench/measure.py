@@ -19,7 +19,7 @@ from foreload.config import EngineConfig
 from foreload.engine import Engine
 from foreload.evaluate import compare_logits
 from foreload.memory.throttle import ThrottledBackend
-from foreload.model.kv_cache import make_kv_cache, rewind
+from foreload.model.kv_cache import make_kv_cache, pass_cache, rewind
 from foreload.model.self_draft import SelfDraft
 from foreload.predict.draft_routing import LookaheadBuffer
 from foreload.predict.estimator import Estimator
@@ -208,7 +208,7 @@ def run_stock_arm(
         model.set_experts_implementation("grouped_mm" if is_prompt else arm.implementation)
         with torch.inference_mode():
             output = model(
-                input_ids=ids, past_key_values=kv_cache, use_cache=True, logits_to_keep=1
+                input_ids=ids, use_cache=True, logits_to_keep=1, **pass_cache(model, kv_cache)
             )
             logits: Tensor = output.logits[0, -1]
             return logits

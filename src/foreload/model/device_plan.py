@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from foreload.errors import UnsupportedModelError
-from foreload.model.kv_cache import make_kv_cache
+from foreload.model.kv_cache import make_kv_cache, pass_cache
 from foreload.model.sites import silenced_experts
 from foreload.model.stored import stored_layout, stored_plan
 from foreload.ops.device_layout import StoredFormat, expert_layout
@@ -127,7 +127,7 @@ def kv_bytes_per_token(loaded: LoadedModel) -> int:
     cache = make_kv_cache(model)
     token = torch.ones((1, 1), dtype=torch.int64, device=model.device)
     with silenced_experts(loaded.sites), torch.inference_mode():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, use_cache=True, **pass_cache(model, cache))
     kept = [
         value
         for layer in getattr(cache, "layers", ())

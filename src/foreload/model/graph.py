@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from foreload.errors import ForeloadError
 from foreload.memory.cuda import is_out_of_memory, on_device
-from foreload.model.kv_cache import clear_static, rewind_static
+from foreload.model.kv_cache import clear_static, pass_cache, rewind_static
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ def forward_all(model: Any, token_ids: Tensor, kv_cache: Any) -> Tensor:
     """Run a transformers model on new tokens (1, T); give the logits behind each of them (T, V)."""
     with torch.inference_mode():
         ids = token_ids.to(model.device)
-        output = model(input_ids=ids, past_key_values=kv_cache, use_cache=True)
+        output = model(input_ids=ids, use_cache=True, **pass_cache(model, kv_cache))
         logits: Tensor = output.logits[0]
         return logits
 

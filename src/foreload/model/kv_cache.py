@@ -5,6 +5,7 @@ What a model can is found out by letting it try.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "clear_static",
     "make_kv_cache",
     "make_static_cache",
+    "pass_cache",
     "rewind",
     "rewind_static",
 ]
@@ -42,6 +44,15 @@ def make_kv_cache(model: Any) -> DynamicCache:
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = _GrowingLayer
     return cache
+
+
+def pass_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Give the argument that a model's forward takes its KV cache by.
+
+    transformers 5.24 renamed it, and warns of the old name.
+    """
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def rewind(cache: Any, num_tokens: int) -> None:
@@ -78,7 +89,7 @@ def _say(model: Any, cache: Any, *, detour: bool) -> Tensor:
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]], device=model.device)
 
     def run(tokens: Tensor, num_forgotten: int = 0) -> Tensor:
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        output = model(input_ids=tokens, use_cache=True, **pass_cache(model, cache))
         if detour:
             rewind(cache, num_forgotten)
         logits: Tensor = output.logits.float()
@@ -152,7 +163,7 @@ def _run_pieces(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Give the last token's logits, when the last two come one by one."""
     with torch.inference_mode():
         for piece in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
-            output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+            output = model(input_ids=piece, use_cache=True, **pass_cache(model, cache))
     logits: Tensor = output.logits[:, -1].float()
     return logits
 
