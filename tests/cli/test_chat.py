@@ -54,6 +54,51 @@ def test_commands(call: Callable[..., Any], chat_checkpoint: Path) -> None:
     assert "there is no /dance" in result.stderr
 
 
+def test_two_slashes_begin_a_message(call: Callable[..., Any], chat_checkpoint: Path) -> None:
+    result = call("chat", chat_checkpoint, *SHORT, "--json", input="//reset\n")
+    assert json.loads(result.stdout)["messages"][0]["content"] == "/reset"
+
+
+def test_a_full_context_is_told_with_what_helps(
+    call: Callable[..., Any], chat_checkpoint: Path
+) -> None:
+    lines = "add two numbers\n" + "add " * 30 + "\n"
+    result = call("chat", chat_checkpoint, "--context", "40", "--json", input=lines)
+    assert result.exit_code == 0, result.stderr
+    assert "the context is full: /reset forgets the conversation" in result.stderr
+    # The next question does not fit behind it.
+    assert "error: the prompt has" in result.stderr
+    assert "where the conversation has become too long" in result.stderr
+    assert len(json.loads(result.stdout)["messages"]) == 2
+
+
+def test_a_second_ctrl_c_leaves_what_was_said(
+    call: Callable[..., Any], chat_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["hello"])
+
+    def read() -> str:
+        for line in lines:
+            return line
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", read)
+    result = call("chat", chat_checkpoint, *SHORT, "--json")
+    assert result.exit_code == 130
+    assert json.loads(result.stdout)["messages"][0]["content"] == "hello"
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(
+    call: Callable[..., Any], chat_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter([b"\xff\xfe", b"hello", b"/exit"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines).decode())
+    result = call("chat", chat_checkpoint, *SHORT, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "this is no text" in result.stderr
+    assert json.loads(result.stdout)["messages"][-2]["content"] == "hello"
+
+
 def test_without_a_template_it_suggests_generate(
     call: Callable[..., Any], checkpoint: Path
 ) -> None:

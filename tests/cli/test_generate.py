@@ -127,6 +127,14 @@ def test_compare_sets_two_runs_side_by_side(
         assert word in result.stderr
 
 
+def test_compare_runs_where_the_device_decides(call: Callable[..., Any], checkpoint: Path) -> None:
+    words = ("--orchestration", "device", "--device", "cpu", "--expert-memory", "50%")
+    result = call("generate", checkpoint, "-p", PROMPT, *SHORT, *words, "--compare", "--json")
+    assert result.exit_code == 0, result.stderr
+    compared = json.loads(result.stdout)["comparison"]
+    assert compared["is_same_text"]
+
+
 def test_compare_repeats_sampled_text(call: Callable[..., Any], checkpoint: Path) -> None:
     result = call(
         "generate", checkpoint, "-p", PROMPT, *SHORT, "--compare", "--json", "--temperature", "2"

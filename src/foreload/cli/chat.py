@@ -15,7 +15,10 @@ from foreload.errors import ConfigError, ForeloadError
 
 __all__ = ["chat"]
 
-_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends an answer"
+_HELP = (
+    "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends an answer; a message "
+    "that begins with a slash begins with two"
+)
 
 SystemOption = Annotated[
     str | None, typer.Option(help="System message the conversation opens with.")
@@ -45,9 +48,11 @@ def chat(
         terminal.note(config_line(engine))
         terminal.note(_HELP)
         talk = _Conversation(terminal, engine, sampling, system)
-        talk.run()
+        status = talk.run()
         config = engine.config.to_dict() | {"sampling": asdict(sampling)}
     terminal.print_json({"messages": talk.messages, "stats": talk.stats, "config": config})
+    if status:
+        raise typer.Exit(status)
 
 
 class _Conversation:
@@ -61,14 +66,24 @@ class _Conversation:
         self.messages: list[dict[str, str]] = list(self._opening)
         self.stats: list[dict[str, Any]] = []
 
-    def run(self) -> None:
-        """Take turns until the user has had enough."""
+    def run(self) -> int:
+        """Take turns until the user has had enough; give the exit status."""
+        try:
+            self._take_turns()
+        except KeyboardInterrupt:
+            # What was said so far is worth having.
+            return INTERRUPTED
+        return 0
+
+    def _take_turns(self) -> None:
         while (text := self._ask()) is not None:
             match text.strip():
                 case "":
                     continue
                 case "/exit" | "/quit":
                     return
+                case message if message.startswith("//"):
+                    self._answer(message[1:])
                 case "/reset":
                     self.messages = list(self._opening)
                     self._say("the conversation is forgotten\n")
@@ -80,8 +95,9 @@ class _Conversation:
                     self._answer(text)
 
     def _ask(self) -> str | None:
-        """Read the user's next line; None at the end."""
-        for is_second in (False, True):
+        """Read the user's next line; None at the end. A second Ctrl-C in a row is raised."""
+        is_second = False
+        while True:
             try:
                 # input() would put its own prompt on stdout.
                 self._terminal.err.print("> ", style="bold cyan", end="")
@@ -89,11 +105,13 @@ class _Conversation:
             except EOFError:
                 self._say("\n")
                 return None
+            except UnicodeDecodeError as error:
+                self._terminal.error(f"this is no text: {error}", "write it in UTF-8")
             except KeyboardInterrupt:
                 if is_second:
                     raise
+                is_second = True
                 self._say("\n" + _HELP + "\n")
-        raise typer.Exit(INTERRUPTED)
 
     def _answer(self, text: str) -> None:
         prompt = [*self.messages, {"role": "user", "content": text}]
@@ -102,13 +120,18 @@ class _Conversation:
             result = stream_answer(self._engine, prompt, self._sampling, show)
         except ForeloadError as error:
             # The engine stays usable: the question is dropped, the conversation goes on.
-            self._terminal.error(str(error), error.hint)
+            is_full = bool(self.messages) and isinstance(error, ConfigError)
+            forget = "where the conversation has become too long, /reset forgets it"
+            hint = "; ".join(filter(None, (error.hint, forget if is_full else None)))
+            self._terminal.error(str(error), hint or None)
             return
         show("\n")
         self.messages = [*prompt, {"role": "assistant", "content": result.text}]
         self.stats.append(result.stats.to_dict())
         policy = self._engine.config.policy
         self._terminal.note(statistics_line(result.stats, result.finish_reason, policy))
+        if result.finish_reason == "context":
+            self._terminal.note("the context is full: /reset forgets the conversation")
 
     def _say(self, text: str) -> None:
         self._terminal.err.print(text, end="", markup=False, soft_wrap=True)
