@@ -104,6 +104,9 @@ def test_a_reset_cache_starts_anew(model: PreTrainedModel) -> None:
     for cache in (ours, theirs):
         run(model, cache, zoo.prompt(7))
         cache.reset()
+    if any(getattr(layer, "keys", None) is not None for layer in theirs.layers):
+        pytest.skip("the installed transformers keeps the length of what it resets")
+    for cache in (ours, theirs):
         run(model, cache, zoo.prompt(3) + 9)
     assert_equal(ours, theirs)
 

@@ -26,7 +26,18 @@ if TYPE_CHECKING:
 
     from foreload.types import ExpertPlan
 
-LAYOUTS = ["qwen3_moe", "granitemoe", "qwen3_vl_moe", "inkling2", "nemotron_h", "deepseek_v4"]
+LAYOUTS = [
+    arch
+    for arch in (
+        "qwen3_moe",
+        "granitemoe",
+        "qwen3_vl_moe",
+        "inkling2",
+        "nemotron_h",
+        "deepseek_v4",
+    )
+    if arch in zoo.decorated_architectures()
+]
 
 
 def plan_folder(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> CheckpointPlan:

@@ -168,9 +168,12 @@ class BlockFp8:
         places = {source.pattern: number for number, source in enumerate(sources)}
         matrices = []
         for pattern in patterns:
-            if pattern not in places or f"{pattern}_scale_inv" not in places:
+            # transformers 5.17 ends its patterns with an anchor
+            scales = pattern.removesuffix("$") + "_scale_inv"
+            scales += "$" * pattern.endswith("$")
+            if pattern not in places or scales not in places:
                 continue
-            weight, scale = places[pattern], places[f"{pattern}_scale_inv"]
+            weight, scale = places[pattern], places[scales]
             height, width = sources[weight].shape[-2:]
             grid = sources[scale].shape[-2:]
             if len(grid) != 2 or 0 in grid or height % grid[0] or width % grid[1]:
