@@ -28,6 +28,8 @@ DEVICE = torch.device("cuda", 0)
 FREE_BYTES = 4 << 30
 
 COPIES = {"aten::copy_", "aten::_to_copy"}
+# Arguments of kernels that something other than a kernel reads.
+WRITTEN = ("outputs", "result", "chosen_ids", "chosen_weights")
 KERNELS = [
     (triton_slots, "assign_slots"),
     (triton_slots, "copy_blocks"),
@@ -316,7 +318,7 @@ class Launcher:
                         self._kernel[grid](*real, **constants)
                         return
                     for name, each in zip(self._kernel.arg_names, real, strict=False):
-                        if name in ("outputs", "result"):
+                        if name in WRITTEN:
                             each.zero_()
 
             MACHINE.num_launches += 1
@@ -336,6 +338,9 @@ class Stream:
 
     def wait_stream(self, stream: Stream) -> None:
         pass
+
+    def is_capturing(self) -> bool:
+        return MACHINE.tape is not None
 
     def wait_event(self, event: Event) -> None:
         pass
@@ -422,6 +427,8 @@ def pretend_cuda(patch: pytest.MonkeyPatch, *, is_quiet: bool = False) -> Iterat
         "graph": capture,
     }.items():
         patch.setattr(torch.cuda, name, value)
+    # torch's optimisers ask for it by this name since 2.14
+    patch.setattr(torch.accelerator, "current_stream", lambda device=None: current)
     for module, name in KERNELS:
         patch.setattr(module, name, Launcher(getattr(module, name)))
     # All of the host's memory is the device's own. Torch keeps the functions that a device context

@@ -91,7 +91,10 @@ def test_a_quantised_checkpoint_loads_dequantised(
     with safe_open(checkpoint.path / index["weight_map"][name], "pt") as shard:
         assert shard.get_tensor(name).dtype is dtype
     model = checkpoint.load_reference(torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    # transformers 5.24 keeps DeepSeek's routers in float32
+    routers = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
+    kinds = {parameter.dtype for name, parameter in model.named_parameters() if name not in routers}
+    assert kinds == {torch.bfloat16}
     logits = run_eager(model, input_ids=checkpoint.input_ids)
     assert logits.isfinite().all()
     assert logits.std() > 0.01

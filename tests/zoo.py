@@ -57,7 +57,7 @@ MODEL_CLASSES = {
 
 # The first pattern that matches the whole name decides; no number is ever made larger.
 SHRINK_RULES: tuple[tuple[str, int], ...] = (
-    (r"vocab_size.*", VOCABULARY),
+    (r"(unpadded_)?vocab_size.*", VOCABULARY),
     (r"num_hidden_layers|num_layers|depth|encoder_layers", LAYERS),
     (r"(shared_)?intermediate_size|.*_(intermediate|ffn_hidden)_size|.*(mlp|ffn)_dim", 48),
     (r"downsample_hidden_size", 16),
@@ -74,7 +74,7 @@ SHRINK_RULES: tuple[tuple[str, int], ...] = (
     (r"moe_layer_end_index", LAYERS - 1),
     (r"(n|num|moe_num)_shared_experts", 1),
     (r"max_position_embeddings|model_max_length|num_position_embeddings", 256),
-    (r"position_embedding_size|image_size", 64),
+    (r"position_embedding_size|(max_)?image_size", 64),
     (r"sliding_window|index_topk", 16),
     (r"linear_num_(key_|value_)?heads|mamba_n(um)?_heads", 4),
     (r"mamba_d_head", 32),
@@ -173,6 +173,15 @@ TINY_OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 16,
     },
     "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": TOP_K, "head_dim": 16},
+    "hy_v4_vl": {
+        "text_config": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    },
+    "inkling2": {"vision_config": {"projection_hidden_dim": 64}},
+    "inkling2_loop": {
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+    },
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 4,

@@ -20,6 +20,7 @@ from foreload.ops.reference import SumRule
 # What is not the type of the hidden states in bfloat16; None where nothing reproduces the class.
 IN_BFLOAT16 = {
     "inkling2": SumRule.FLOAT32,
+    "inkling2_loop": SumRule.FLOAT32,
     "nemotron_h": SumRule.WEIGHTS,
     # Computes in float32 throughout; the engine refuses the architecture for other reasons too.
     "openai_privacy_filter": None,
