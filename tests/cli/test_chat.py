@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,25 @@ def test_commands(call: Callable[..., Any], chat_checkpoint: Path) -> None:
     assert talk["messages"][0]["content"] == "again"
     assert "the conversation is forgotten" in result.stderr
     assert "there is no /dance" in result.stderr
+
+
+def test_a_system_message_that_the_template_refuses_is_told_before_the_first_question(
+    call: Callable[..., Any], chat_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "without"
+    shutil.copytree(chat_checkpoint, folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    path.write_text(json.dumps(settings | {"chat_template": refusing + settings["chat_template"]}))
+    result = call("chat", folder, *SHORT, "--system", "Be brief.", input="hello\n")
+    assert result.exit_code == 1
+    assert "no system role" in result.stderr
+    assert "leave out --system" in result.stderr
+    assert "> " not in result.stderr
+    assert call("chat", folder, *SHORT, input="hello\n").exit_code == 0
 
 
 def test_two_slashes_begin_a_message(call: Callable[..., Any], chat_checkpoint: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +27,8 @@ from foreload.model.kv_cache import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
 
@@ -298,3 +301,24 @@ class TestStatic:
         built = zoo.build_tiny(arch)
         assert make_static_cache(built, 64) is None
         assert not can_be_static(built)
+
+
+@pytest.mark.parametrize("ask", [can_rewind, can_be_static])
+def test_a_shortage_of_memory_is_no_answer(
+    ask: Callable[[Any], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = zoo.build_family("qwen3_moe")
+    forward, calls = built.forward, []
+
+    def run_out(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        # In the second of the two texts that are compared.
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    names = inspect.signature(forward)
+    run_out.__signature__ = names  # type: ignore[attr-defined]
+    monkeypatch.setattr(built, "forward", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        ask(built)

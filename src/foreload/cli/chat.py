@@ -11,6 +11,7 @@ from foreload.cli.streaming import open_engine, stream_answer
 from foreload.cli.terminal import Terminal
 from foreload.cli.verb import INTERRUPTED, verb
 from foreload.config import EngineConfig, SamplingConfig
+from foreload.decode.prompt import encode_prompt
 from foreload.errors import ConfigError, ForeloadError
 
 __all__ = ["chat"]
@@ -45,9 +46,11 @@ def chat(
                 f"{model} has no chat template: it completes text, it does not converse",
                 hint=f"try `foreload generate {model} -p ...`",
             )
+        opening = [{"role": "system", "content": system}] if system else []
+        _check_template(engine, opening)
         terminal.note(config_line(engine))
         terminal.note(_HELP)
-        talk = _Conversation(terminal, engine, sampling, system)
+        talk = _Conversation(terminal, engine, sampling, opening)
         status = talk.run()
         config = engine.config.to_dict() | {"sampling": asdict(sampling)}
     terminal.print_json({"messages": talk.messages, "stats": talk.stats, "config": config})
@@ -55,15 +58,29 @@ def chat(
         raise typer.Exit(status)
 
 
+def _check_template(engine: Any, opening: list[dict[str, str]]) -> None:
+    """Refuse now what the template would refuse once a question is asked."""
+    first = [*opening, {"role": "user", "content": "-"}]
+    try:
+        encode_prompt(first, engine.tokenizer, engine.vocab_size)
+    except ConfigError as error:
+        hint = "some templates have no system message: leave out --system"
+        raise ConfigError(str(error), hint=hint if opening else error.hint) from error
+
+
 class _Conversation:
     def __init__(
-        self, terminal: Terminal, engine: Any, sampling: SamplingConfig, system: str | None
+        self,
+        terminal: Terminal,
+        engine: Any,
+        sampling: SamplingConfig,
+        opening: list[dict[str, str]],
     ) -> None:
         self._terminal = terminal
         self._engine = engine
         self._sampling = sampling
-        self._opening = [{"role": "system", "content": system}] if system else []
-        self.messages: list[dict[str, str]] = list(self._opening)
+        self._opening = opening
+        self.messages = list(opening)
         self.stats: list[dict[str, Any]] = []
 
     def run(self) -> int:

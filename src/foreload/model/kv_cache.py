@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from foreload.memory.cuda import is_out_of_memory
+
 __all__ = [
     "can_be_static",
     "can_rewind",
@@ -67,6 +69,9 @@ def can_rewind(model: Any) -> bool:
     found out: what comes after going back must be what comes without having been there. Experts
     need not be attached.
 
+    Raises:
+        RuntimeError: The device ran out of memory, which says nothing about the model.
+
     Cost:
         Six small forwards.
     """
@@ -75,7 +80,9 @@ def can_rewind(model: Any) -> bool:
     cache.activate_past_recording()
     try:
         found = _say(model, cache, detour=True)
-    except (NotImplementedError, RuntimeError, ValueError):
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         # A layer refused to go back, or what it kept does not fit what comes next.
         return False
     if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
@@ -140,6 +147,9 @@ def can_be_static(model: Any) -> bool:
 
     Experts need not be attached.
 
+    Raises:
+        RuntimeError: The device ran out of memory, which says nothing about the model.
+
     Cost:
         Six small forwards.
     """
@@ -153,7 +163,9 @@ def can_be_static(model: Any) -> bool:
     wanted = _run_pieces(model, ids, make_kv_cache(model))
     try:
         found = _run_pieces(model, ids, static)
-    except (NotImplementedError, RuntimeError, ValueError):
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
     gap = (found - wanted).abs().mean()
     return bool(gap <= 0.02 * wanted.std())
