@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from gpu.common import describe_run
+from gpu.rows import describe_run
 
 from foreload.ops.device_experts import DeviceExperts, TwinKernels
 from foreload.ops.device_layout import ExpertLayout, StoredFormat, expert_layout, pack_expert

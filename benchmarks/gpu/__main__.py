@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from foreload.memory.cuda import has_device
 from gpu.checks import equivalence, sampling
-from gpu.common import Settings, broken, describe_run
 from gpu.kernels import kernels
 from gpu.predictors import predictors
 from gpu.profiles import profile
 from gpu.replays import replay
+from gpu.rows import broken, describe_run
+from gpu.settings import Settings
 from gpu.staged import tiers
 from gpu.suites import baselines, drafts, slot_plan, speculation, suites
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from gpu.common import Row
+    from gpu.rows import Row
 
 STAGES: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "kernels": kernels,

@@ -16,13 +16,15 @@ import torch
 
 from foreload.bench.forced import ForcedRun, run_forced, run_rounds
 from foreload.bench.measure import load_all
+from foreload.model.device_self_draft import DeviceSelfDraft
 from foreload.model.graph import StepGraphs, forward_all
 from foreload.model.kv_cache import make_kv_cache, make_static_cache
 from foreload.model.sites import discover_sites
 from foreload.predict.estimator import Estimator
 from foreload.trace.record import RoutingRecorder
 from foreload.types import RouterOutput
-from gpu.common import DEVICE, load_resident, open_engine, open_staged
+from gpu.models import load_resident, open_engine, open_staged
+from gpu.settings import DEVICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from foreload.model.graph import StepGraph
     from foreload.trace.record import RoutingTrace
     from foreload.types import RoutingEvent
-    from gpu.common import Row
+    from gpu.rows import Row
 
     RunText = Callable[[Workload], "Outcome"]
 
@@ -311,7 +313,7 @@ def device_arm(
 def _capture(engine: Engine, step: StepGraph) -> bool:
     """Capture whatever a request may use, before any clock runs; tell whether all could be."""
     steps, drafter = [step], engine.drafter
-    if drafter is not None:
+    if isinstance(drafter, DeviceSelfDraft):
         widths = range(2, drafter.governor.most + 2)
         steps += [drafter.verifying_step(step, width) for width in widths]
         steps.append(drafter.drafting_step(step))

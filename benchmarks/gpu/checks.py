@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpu.common import (
-    DEVICE,
-    ROOT,
-    attempt,
-    compare,
-    load_resident,
-    open_engine,
-    shares_of,
-    show,
-)
+from gpu.models import load_resident, open_engine, shares_of
+from gpu.rows import attempt, compare, show
+from gpu.settings import DEVICE, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foreload import Engine
-    from gpu.common import Row, Settings
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 
 def equivalence(settings: Settings) -> Iterator[Row]:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gpu.common import ROOT, show
+from gpu.rows import show
+from gpu.settings import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gpu.common import Row, Settings
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 FILES = ("test_triton", "test_triton_grouped", "test_triton_present")
 NUM_WORKERS = 12

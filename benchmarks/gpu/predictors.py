@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from foreload import Engine
 from foreload.calibrate import calibrate
 from foreload.train_estimator import train_estimator
-from gpu.common import attempt, open_staged, show, widened_demo
+from gpu.models import open_staged, widened_demo
+from gpu.rows import attempt, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from gpu.common import Row, Settings
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 
 def predictors(settings: Settings) -> Iterator[Row]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpu.common import PROMPT, attempt, open_engine, shares_of, show, widened_demo
+from gpu.models import open_engine, shares_of, widened_demo
+from gpu.rows import attempt, show
+from gpu.settings import PROMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gpu.common import Row, Settings
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 
 def profile(settings: Settings) -> Iterator[Row]:

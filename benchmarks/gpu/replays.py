@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from foreload.model.hf import load_model
 from gpu.arms import Forcing
-from gpu.common import shares_of
+from gpu.models import shares_of
 from gpu.suites import LRU, on_device, on_host, open_bench, tell_all, tell_belady, tell_goals
 from gpu.trials import read_windows, run_trials
 
@@ -18,7 +18,8 @@ GUESSED = {"recall-90": 0.9, "oracle": 1.0}
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gpu.common import Row, Settings
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 
 def replay(settings: Settings) -> Iterator[Row]:

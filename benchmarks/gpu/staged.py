@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from gpu.checks import resident_logits
-from gpu.common import PROMPT, attempt, compare, open_staged, show, widened_demo
+from gpu.models import open_staged, widened_demo
+from gpu.rows import attempt, compare, show
+from gpu.settings import PROMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from gpu.common import Row, Settings
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 
 def tiers(settings: Settings) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from foreload.bench.suite import choose_arms, find_missing
 from foreload.model.hf import load_model
 from foreload.resolution import default_cache_dir
 from gpu.arms import Told, device_arm, host_arm, record_routing
-from gpu.common import show
+from gpu.rows import show
 from gpu.trials import Contender
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from foreload.bench.arm import Arm
     from foreload.bench.workload import Workload
-    from gpu.common import Row, Settings
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 
 def pick_arms(settings: Settings, arms: Sequence[Arm], usual: Sequence[str]) -> list[Arm]:

@@ -23,17 +23,21 @@ from gpu.arms import (
     host_arm,
     record_routing,
 )
-from gpu.common import attempt, open_engine, shares_of, show, widened_demo
+from gpu.models import open_engine, shares_of, widened_demo
+from gpu.rows import attempt, show
 from gpu.suite_arms import contenders, pick_arms, tell_left_out
 from gpu.trials import Comparison, Contender, Texts, read_windows, run_trials, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from foreload.bench.workload import Workload
     from foreload.trace.record import RoutingTrace
-    from gpu.common import Row, Settings
+    from gpu.arms import RunText
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 WITHIN_GRAPH, WITHIN_LIMIT, LAUNCH_MS = 1.10, 1.15, 0.2
 PAPER_CUT, PAPER_RATIO = 0.14, 2.34
@@ -75,14 +79,18 @@ def open_bench(
         whole = ResidentModel(model, forcing)
         stack.callback(whole.close)
         texts = Texts(windows, [whole.eager_logits(window) for window in windows])
-        runs = {name: functools.partial(whole.run, name) for name in RESIDENT}
+        runs: dict[str, RunText] = {name: functools.partial(whole.run, name) for name in RESIDENT}
         ours = device_arm(model, 100, forcing=forcing, predictor="none")
         runs["all-resident"] = stack.enter_context(ours)
         resident = [
-            Contender(name, functools.partial(nullcontext, run), is_resident=True)
+            Contender(name, functools.partial(_kept_open, run), is_resident=True)
             for name, run in runs.items()
         ]
         yield Bench(model, texts, resident, forcing)
+
+
+def _kept_open(run: RunText) -> AbstractContextManager[RunText]:
+    return nullcontext(run)
 
 
 def on_device(bench: Bench, name: str, share: float, **given: Any) -> Contender:

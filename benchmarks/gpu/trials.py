@@ -18,7 +18,8 @@ from foreload.bench.measure import judge
 from foreload.bench.quality import pool_quality
 from foreload.bench.workload import Workload, make_workloads
 from foreload.model.hf import load_model, load_tokenizer
-from gpu.common import DEVICE, compare, failed, note
+from gpu.rows import compare, failed, note
+from gpu.settings import DEVICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gpu.arms import Outcome, RunText
-    from gpu.common import Row, Settings
+    from gpu.rows import Row
+    from gpu.settings import Settings
 
 TOLERANCE = 0.015
 
