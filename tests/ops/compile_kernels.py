@@ -117,12 +117,13 @@ def run(
     """Launch, or rather record, everything that one layer can ask for."""
     layout = expert_layout(experts, shapes_of(experts, *sizes), stored, dtype=dtype)
     # Nothing is read: one byte that pretends to be all experts will do.
-    host = torch.empty(1, experts.num_experts, layout.num_bytes, dtype=torch.uint8)
+    host = torch.empty(2, experts.num_experts, layout.num_bytes, dtype=torch.uint8)
+    # Slots for all experts, and for some.
     device = DeviceExperts(
-        [layout],
+        [layout] * 2,
         host,
-        num_slots=[128],
-        sum_rules=[SumRule.HIDDEN],
+        num_slots=[128, 64],
+        sum_rules=[SumRule.HIDDEN] * 2,
         device="cpu",
         kernels=TritonKernels(),
     )
@@ -130,7 +131,8 @@ def run(
         index = torch.zeros(num_tokens, 8, dtype=torch.int64)
         weights = torch.zeros(num_tokens, 8, dtype=dtype)
         hidden = torch.zeros(num_tokens, sizes[0], dtype=dtype)
-        device.run(0, experts, hidden, Routing(index, weights))
+        for layer in range(2):
+            device.run(layer, experts, hidden, Routing(index, weights))
         device.prefetch(0, index)
     true = Routing(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=dtype))
     for rule in (None, LayerScores(ScoreRule.SOFTMAX, is_normalised=True)):

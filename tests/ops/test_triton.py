@@ -231,11 +231,14 @@ def test_every_format_computes_what_the_twin_does(
         pair.run(0, index)
     if dtype != torch.bfloat16 or IS_GPU:
         for index in THREE[:2]:
+            pair.run(0, index)
             pair.run(1, index)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2])
-@pytest.mark.parametrize("stored", [StoredFormat.FLOAT32, StoredFormat.INT4], ids=str)
+@pytest.mark.parametrize(
+    "stored", [StoredFormat.FLOAT32, StoredFormat.INT4, StoredFormat.MXFP4], ids=str
+)
 def test_what_has_no_slot_is_read_from_host_memory_and_not_kept(
     stored: StoredFormat, num_slots: int, device: str
 ) -> None:
@@ -248,6 +251,26 @@ def test_what_has_no_slot_is_read_from_host_memory_and_not_kept(
         assert (pair.kernels._slots[:4] == 0xFF).all()
     counters = pair.kernels.read_counters()[1]
     assert 0 < counters.hits < counters.misses
+
+
+@pytest.mark.parametrize("stored", [StoredFormat.FLOAT32, StoredFormat.MXFP4], ids=str)
+def test_only_mxfp4_is_copied_before_it_is_computed(
+    stored: StoredFormat, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(KINDS["gated"], stored, torch.float32, (64, 32), device, num_slots=4)
+    copied = []
+    fetch = TritonKernels.fetch
+
+    def note(self: TritonKernels, memory: Any, work: Any) -> None:
+        copied.append(memory)
+        fetch(self, memory, work)
+
+    monkeypatch.setattr(TritonKernels, "fetch", note)
+    pair.run(0, ONE[0])
+    assert len(copied) == (stored is StoredFormat.MXFP4)
+    # A slot for each of the experts: none of them is missing for long.
+    pair.run(1, ONE[0])
+    assert len(copied) == (stored is StoredFormat.MXFP4)
 
 
 def test_a_copy_leaves_out_what_has_no_slot(device: str) -> None:

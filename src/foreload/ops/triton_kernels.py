@@ -444,6 +444,7 @@ def expert_products(
     GATE_MAX: tl.constexpr,
     UP_MAX: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    IS_COPIED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -451,7 +452,8 @@ def expert_products(
     """Multiply every token by some rows of one matrix of one expert of the work list.
 
     Writes (W, T, outputs) in the experts' element type, activated unless `CURVE` is negative.
-    Tokens that the expert does not serve are computed too: the weights are what costs.
+    Tokens that the expert does not serve are computed too: the weights are what costs. With
+    `IS_COPIED` what has a slot is there already.
 
     Grid: blocks of `BLOCK_N` outputs, places of the work list.
     """
@@ -460,7 +462,7 @@ def expert_products(
     if expert < 0:
         return
     slot = tl.load(work_slot + place)
-    is_miss = tl.load(work_is_hit + place) == 0
+    is_miss = slot < 0 if IS_COPIED else tl.load(work_is_hit + place) == 0
     # Without a slot the target is none, and nothing is written to it.
     is_kept = is_miss & (slot >= 0)
     target = slots_address + slot.to(tl.int64) * block_bytes
