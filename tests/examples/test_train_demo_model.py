@@ -21,7 +21,7 @@ HELD_OUT = ["heapq.py", "textwrap.py"]
 
 def _run(*arguments: object) -> None:
     command = [sys.executable, str(SCRIPT), "--smoke", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
 
 
