@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -234,6 +235,8 @@ class _Counts:
         logits = engine._prefill(token_ids, kv_cache).to(DEVICE)
         engine._count()
         self._before = engine.metrics.snapshot()
+        if engine.drafter is not None:
+            self._rounds = Counter(engine.drafter.governor.rounds_by_draft)
         return logits
 
     def since(self, workload: Workload) -> Row:
@@ -242,6 +245,7 @@ class _Counts:
         counted = engine.metrics.since(self._before)
         found = {
             "orchestration": engine.config.orchestration,
+            "predictor": engine.config.predictor,
             "num_slots": engine.num_slots,
             "hit_rate": counted.hit_rate,
             "bytes_per_token": counted.bytes_moved / num_tokens,
@@ -251,10 +255,11 @@ class _Counts:
         if engine.config.orchestration == "device":
             found["slots_per_layer"] = list(engine.slots_per_layer)
         if engine.drafter is not None:
+            rounds = engine.drafter.governor.rounds_by_draft - self._rounds
             found |= {
                 "acceptance_rate": counted.acceptance_rate,
                 "accept_length": counted.accept_length,
-                "rounds_by_draft": dict(sorted(engine.drafter.governor.rounds_by_draft.items())),
+                "rounds_by_draft": dict(sorted(rounds.items())),
             }
         return found
 
@@ -422,6 +427,9 @@ class ResidentModel:
             return logits
 
         with self._graphs[implementation].lend(len(workload.token_ids)) as step:
+            # Before any clock runs, whatever room the text takes.
+            model.set_experts_implementation(implementation)
+            step.prepare()
             launches = _Launches(step)
             steps = _Steps(prefill, launches, self._forcing)
             ran = run_forced(steps, workload, step.cache)

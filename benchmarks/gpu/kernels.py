@@ -6,8 +6,6 @@ from collections import Counter, defaultdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from gpu.rows import show
 from gpu.settings import ROOT
 
@@ -23,6 +21,9 @@ NUM_WORKERS = 12
 
 def kernels(settings: Settings) -> Iterator[Row]:
     """Runs the kernels' tests, and tells for each file how many passed."""
+    # What other stages do without.
+    import pytest
+
     outcomes = _Outcomes()
     # Another torch warns of other things than that of CI.
     words = ["-q", "-W", "default", "--rootdir", str(ROOT)]

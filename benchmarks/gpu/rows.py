@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -45,6 +45,14 @@ def attempt(row: Row, measure: Callable[[], Row]) -> Row:
         return {**row, **measure()}
     except Exception as error:
         return broken(row, error)
+
+
+def or_broken(row: Row, rows: Iterator[Row]) -> Iterator[Row]:
+    """Gives rows, and one with what broke where something does."""
+    try:
+        yield from rows
+    except Exception as error:
+        yield show(broken(row, error))
 
 
 def broken(row: Row, error: Exception) -> Row:

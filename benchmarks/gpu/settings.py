@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda:0"
@@ -48,3 +52,16 @@ class Settings:
     num_training_tokens: int = 18_000
     plan_share: float = 30
     link_bytes: int = 1 << 28
+    # Seconds after which a stage begins no other run of an arm, and the clock's time when they end.
+    limit_s: float = 540
+    ends_at_s: float = math.inf
+
+    def is_over(self) -> bool:
+        """Tells whether the stage's time is up."""
+        return time.perf_counter() > self.ends_at_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives the fields for a file."""
+        told = dataclasses.asdict(self)
+        del told["ends_at_s"]
+        return told | {name: str(told[name]) for name in ("output", "trace", "build")}

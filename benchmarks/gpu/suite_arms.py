@@ -7,6 +7,7 @@ layer that waits for all of its experts.
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from foreload.bench.suite import choose_arms, find_missing
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from foreload.bench.arm import Arm
     from foreload.bench.workload import Workload
+    from gpu.arms import RunText
     from gpu.rows import Row
     from gpu.settings import Settings
 
@@ -45,14 +47,10 @@ def contenders(
 ) -> list[Contender]:
     """Gives the arms that can run at a share of all experts, in percent."""
     runnable = [arm for arm in arms if _obstacle(model, arm) is None]
-    told = None
-    if any(arm.is_oracle for arm in runnable):
-        traces = list(zip(windows, record_routing(model, windows), strict=True))
-        told = functools.partial(Told, traces, load_model(model).spec.top_k)
-    return [_contend(model, arm, share, told) for arm in runnable]
+    return [_contend(model, arm, share, windows) for arm in runnable]
 
 
-def _contend(model: Path, arm: Arm, share: float, told: Any) -> Contender:
+def _contend(model: Path, arm: Arm, share: float, windows: Sequence[Workload]) -> Contender:
     settings: dict[str, Any] = dict(arm.settings or {})
     if arm.is_layerwise or "eviction" in settings:
         opened = functools.partial(
@@ -68,11 +66,22 @@ def _contend(model: Path, arm: Arm, share: float, told: Any) -> Contender:
         # A draft comes on top of all experts.
         share = 200
     if arm.is_oracle:
-        # One layer ahead: what is told takes a predictor's place.
-        settings["predictor"] = "lookahead"
-        settings["told"] = told()
-    opened = functools.partial(device_arm, model, share, **settings)
+        opened = functools.partial(_oracle_arm, model, share, windows, settings)
+    else:
+        opened = functools.partial(device_arm, model, share, **settings)
     return Contender(arm.name, opened, is_lossy=arm.is_lossy)
+
+
+@contextmanager
+def _oracle_arm(
+    model: Path, share: float, windows: Sequence[Workload], settings: dict[str, Any]
+) -> Iterator[RunText]:
+    """Opens an arm that is told where each text goes, one layer ahead."""
+    traces = list(zip(windows, record_routing(model, windows), strict=True))
+    told = Told(traces, load_model(model).spec.top_k)
+    # What is told takes a predictor's place.
+    with device_arm(model, share, told=told, **{**settings, "predictor": "lookahead"}) as run:
+        yield run
 
 
 def _obstacle(model: Path, arm: Arm) -> str | None:

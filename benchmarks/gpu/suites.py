@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from foreload.bench.arm import Arm
 from foreload.bench.moe_speq import MOE_SPEQ_ARMS
 from foreload.bench.speculating_experts import SPECULATION_ARMS
+from foreload.errors import ConfigError
 from foreload.model.hf import load_model
 from foreload.recording import record_trace
 from foreload.trace.replay import replay as replay_trace
@@ -24,9 +25,17 @@ from gpu.arms import (
     record_routing,
 )
 from gpu.models import open_engine, shares_of, widened_demo
-from gpu.rows import attempt, show
+from gpu.rows import attempt, or_broken, show
 from gpu.suite_arms import contenders, pick_arms, tell_left_out
-from gpu.trials import Comparison, Contender, Texts, read_windows, run_trials, spread
+from gpu.trials import (
+    TOO_LATE,
+    Comparison,
+    Contender,
+    Texts,
+    read_windows,
+    run_trials,
+    spread,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +52,7 @@ WITHIN_GRAPH, WITHIN_LIMIT, LAUNCH_MS = 1.10, 1.15, 0.2
 PAPER_CUT, PAPER_RATIO = 0.14, 2.34
 LRU = {"eviction": "lru", "predictor": "none"}
 DEVICE_LRU = Arm("device-lru", {"predictor": "none"})
+SUITES = {"speculation": SPECULATION_ARMS, "drafts": (DEVICE_LRU, *MOE_SPEQ_ARMS)}
 USUAL_DRAFTS = (DEVICE_LRU.name, "lru", "no-draft", "draft-4", "draft-8", "governor")
 USUAL_SPECULATION = (
     "layerwise-on-demand",
@@ -112,6 +122,9 @@ def suites(settings: Settings) -> Iterator[Row]:
     traces = record_routing(model, windows)
     with open_bench(settings, model, windows) as bench:
         for share in _partial_shares(settings, model):
+            if settings.is_over():
+                yield show({"share": share, "left_out": TOO_LATE})
+                continue
             arms = [on_device(bench, name, share, predictor=name) for name in ("none", "lookahead")]
             found = run_trials(settings, [*bench.resident, *arms], bench.texts)
             yield from tell_all(found, {"share": share})
@@ -125,6 +138,9 @@ def baselines(settings: Settings) -> Iterator[Row]:
     windows = read_windows(settings, model, num_decode_tokens=settings.num_decode_tokens)
     with open_bench(settings, model, windows) as bench:
         for share in _partial_shares(settings, model):
+            if settings.is_over():
+                yield show({"share": share, "left_out": TOO_LATE})
+                continue
             arms = [
                 on_device(bench, "device", share, predictor="lookahead"),
                 on_host(bench, "host-lru", share, **LRU),
@@ -151,7 +167,7 @@ def speculation(settings: Settings) -> Iterator[Row]:
                     yield tell_cut(found, place, name, other)
 
     shares = settings.speculation_shares
-    return _run_suite(settings, SPECULATION_ARMS, USUAL_SPECULATION, shares, tell)
+    return _run_suite(settings, SUITES["speculation"], USUAL_SPECULATION, shares, tell)
 
 
 def drafts(settings: Settings) -> Iterator[Row]:
@@ -163,8 +179,7 @@ def drafts(settings: Settings) -> Iterator[Row]:
                 if name.startswith(("draft-", "governor")) and other in found.trials:
                     yield tell_ratio(found, {**place, "paper": PAPER_RATIO}, other, name)
 
-    arms = (DEVICE_LRU, *MOE_SPEQ_ARMS)
-    return _run_suite(settings, arms, USUAL_DRAFTS, settings.draft_shares, tell)
+    return _run_suite(settings, SUITES["drafts"], USUAL_DRAFTS, settings.draft_shares, tell)
 
 
 def _run_suite(
@@ -175,21 +190,46 @@ def _run_suite(
     tell: Callable[[Comparison, Row], Iterator[Row]],
 ) -> Iterator[Row]:
     """Runs the arms of a suite that were asked for at every context and share."""
-    model = widened_demo(settings)
     picked = pick_arms(settings, arms, usual)
-    yield from tell_left_out(model, picked)
+    model = widened_demo(settings)
     contexts = settings.contexts or (settings.num_prompt_tokens,)
+    _check_contexts(model, max(contexts), settings.num_decode_tokens)
+    yield from tell_left_out(model, picked)
     longest = dataclasses.replace(settings, num_prompt_tokens=max(contexts))
     texts = read_windows(longest, model, num_decode_tokens=settings.num_decode_tokens)
-    for context in contexts:
+
+    def run(bench: Bench, place: Row) -> Iterator[Row]:
+        running = contenders(model, picked, place["share"], bench.texts.windows)
+        found = run_trials(settings, [*bench.resident, *running], bench.texts)
+        yield from tell_all(found, place)
+        yield from tell(found, place)
+
+    def run_context(context: int) -> Iterator[Row]:
         windows = [text.shortened(context) for text in texts]
         with open_bench(settings, model, windows) as bench:
             for share in shares_of(model, shares):
                 place = {"share": share, "context": context}
-                running = contenders(model, picked, share, windows)
-                found = run_trials(settings, [*bench.resident, *running], bench.texts)
-                yield from tell_all(found, place)
-                yield from tell(found, place)
+                if settings.is_over():
+                    yield show({**place, "left_out": TOO_LATE})
+                else:
+                    yield from or_broken(place, run(bench, place))
+
+    for context in contexts:
+        if settings.is_over():
+            yield show({"context": context, "left_out": TOO_LATE})
+        else:
+            yield from or_broken({"context": context}, run_context(context))
+
+
+def _check_contexts(model: Path, longest: int, num_decode_tokens: int) -> None:
+    """Refuses contexts that the model was not made for: its text there means nothing."""
+    limit = load_model(model).generation.max_positions
+    if limit is not None and longest + num_decode_tokens > limit:
+        raise ConfigError(
+            f"{longest} tokens of prompt and {num_decode_tokens} decoded are more than the model's "
+            f"context of {limit}",
+            hint="give shorter --contexts",
+        )
 
 
 def slot_plan(settings: Settings) -> Iterator[Row]:

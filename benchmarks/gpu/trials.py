@@ -17,6 +17,7 @@ from foreload.bench.arm import Sample
 from foreload.bench.measure import judge
 from foreload.bench.quality import pool_quality
 from foreload.bench.workload import Workload, make_workloads
+from foreload.errors import CapacityError
 from foreload.model.hf import load_model, load_tokenizer
 from gpu.rows import compare, failed, note
 from gpu.settings import DEVICE
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gpu.settings import Settings
 
 TOLERANCE = 0.015
+TOO_LATE = "the stage's time was up"
 
 
 class Contender(NamedTuple):
@@ -73,8 +75,9 @@ class Comparison:
     """What some arms took.
 
     Attributes:
-        trials: Of each arm, by the trial's number; those that broke have fewer.
+        trials: Of each arm, by the trial's number; those that broke, or came too late, have fewer.
         errors: What broke, by arm.
+        left_out: Why an arm could not be run, by arm.
         bandwidths: Bytes per second of a plain page-locked copy, by the trial's number.
     """
 
@@ -82,6 +85,7 @@ class Comparison:
         self.contenders = contenders
         self.trials: dict[str, dict[int, Trial]] = {each.name: {} for each in contenders}
         self.errors: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self.bandwidths: list[float] = []
 
     def compute_s(self, trial: int) -> float | None:
@@ -128,7 +132,11 @@ class Comparison:
     def _row(self, row: Row, contender: Contender) -> Row:
         if contender.name in self.errors:
             return failed(row, self.errors[contender.name])
+        if contender.name in self.left_out:
+            return {**row, "left_out": self.left_out[contender.name]}
         trials = list(self.trials[contender.name].values())
+        if not trials:
+            return {**row, "left_out": TOO_LATE}
         samples = [trial.sample for trial in trials]
         row |= {
             "tpot_ms": spread([sample.tpot_s * 1e3 for sample in samples]),
@@ -140,7 +148,7 @@ class Comparison:
             "compared": [trial.compared for trial in trials],
             "is_fine": all(sample.is_equal for sample in samples),
         }
-        quality = pool_quality(samples) if contender.is_lossy else None
+        quality = pool_quality(samples)
         if quality is not None:
             row["kl"] = list(_interval(quality.kl))
             row["perplexity_ratio"] = list(_interval(quality.perplexity_ratio))
@@ -165,27 +173,37 @@ def read_windows(settings: Settings, model: Path, *, num_decode_tokens: int) -> 
 
 
 def run_trials(settings: Settings, contenders: Sequence[Contender], texts: Texts) -> Comparison:
-    """Runs every arm over every text, in turns."""
+    """Runs every arm over every text, in turns, until the stage's time is up."""
     found = Comparison(contenders)
+    # What rounding alone makes of a lossy arm's measures is what exact arms have.
+    is_judged = any(each.is_lossy for each in contenders)
     with ExitStack() as stack:
         runs: dict[str, RunText] = {}
         for each in contenders:
+            if settings.is_over():
+                break
             try:
                 runs[each.name] = stack.enter_context(each.open())
                 # Captures, and whatever else is slow once.
                 runs[each.name](_shortened(texts.windows[0], settings.num_warm))
             except Exception as error:
-                found.errors[each.name] = note(error)
+                # A device that ran out of memory is its cause; a draft too large has none.
+                if isinstance(error, CapacityError) and error.__cause__ is None:
+                    found.left_out[each.name] = str(error)
+                else:
+                    found.errors[each.name] = note(error)
         for number, (window, wanted) in enumerate(zip(*texts, strict=True)):
+            if settings.is_over():
+                break
             found.bandwidths.append(copy_bandwidth(settings.link_bytes))
             turn = number % len(contenders)
             for each in (*contenders[turn:], *contenders[:turn]):
-                if each.name in found.errors:
+                if each.name in found.errors or each.name not in runs or settings.is_over():
                     continue
                 text = _shortened(window, each.num_tokens)
                 try:
                     outcome = runs[each.name](text)
-                    trial = _judge(each, outcome, text, wanted, number)
+                    trial = _check(each, outcome, text, wanted, number, is_judged=is_judged)
                     found.trials[each.name][number] = trial
                 except Exception as error:
                     found.errors[each.name] = note(error)
@@ -225,8 +243,14 @@ def _shortened(window: Workload, num_tokens: int | None) -> Workload:
     return Workload(window.token_ids[:end], window.num_prompt_tokens)
 
 
-def _judge(
-    contender: Contender, outcome: Outcome, text: Workload, wanted: Tensor, number: int
+def _check(
+    contender: Contender,
+    outcome: Outcome,
+    text: Workload,
+    wanted: Tensor,
+    number: int,
+    *,
+    is_judged: bool,
 ) -> Trial:
     run, counted = outcome.run, outcome.counted
     held = run.logits[:1] if contender.is_lossy else run.logits
@@ -243,7 +267,7 @@ def _judge(
         bytes_per_token=counted.get("bytes_per_token", 0.0),
         speculated_fraction=counted.get("speculated_fraction", 0.0),
     )
-    if contender.is_lossy:
+    if is_judged:
         run.logits = run.logits.cpu()
         sample.quality = judge(run, wanted[: len(run.logits)].cpu(), text)
     launch_s = statistics.median(outcome.launch_s) if outcome.launch_s else None

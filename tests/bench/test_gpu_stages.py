@@ -93,10 +93,19 @@ def run(
     )
 
     def run_stages(*words: str) -> list[dict[str, Any]]:
+        # What is asked for comes before the sizes of tests.
+        sizes = dict(SIZES)
+        if "--trials" in words:
+            del sizes["num_trials"]
+        if "--shares" in words:
+            for name in ("shares", "speculation_shares", "draft_shares"):
+                del sizes[name]
         with pytest.raises(SystemExit):
-            main([*words, "--output", str(tmp_path)], build=build, **SIZES)
+            main([*words, "--output", str(tmp_path)], build=build, **sizes)
         stage = next(word for word in reversed(words) if word in STAGES)
-        rows: list[dict[str, Any]] = json.loads((tmp_path / f"{stage}.json").read_text())["rows"]
+        # A second call writes another file.
+        newest = max(tmp_path.glob(f"{stage}*.json"), key=lambda path: path.stat().st_mtime_ns)
+        rows: list[dict[str, Any]] = json.loads(newest.read_text())["rows"]
         return rows
 
     return run_stages
@@ -188,6 +197,7 @@ def test_all_arms_of_a_suite_run_at_each_context_and_some_say_why_they_cannot(
     for arm in SPECULATION_ARMS:
         found = [row for row in timed if row["arm"] == arm.name]
         assert {row["context"] for row in found} == {3, 5}, arm.name
+        assert all(row["kl"] is not None for row in found), "exact arms show what rounding makes"
         by = {counted["orchestration"] for row in found for counted in row["counted"]}
         assert by == {"host" if "eviction" in (arm.settings or {}) else "device"}, arm.name
     assert {"cut of layerwise-speculate", "cut of cache-oracle"} < {row.get("what") for row in rows}
@@ -195,6 +205,98 @@ def test_all_arms_of_a_suite_run_at_each_context_and_some_say_why_they_cannot(
     with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
         rows = run("drafts", "--arms", "draft-1,int4-alone,draft-4-oracle", "--shares", "250")
     assert [row["arm"] for row in rows if "left_out" in row] == ["int4-alone", "draft-4-oracle"]
+    (drafted,) = [row for row in rows if row.get("arm") == "draft-1" and "tpot_ms" in row]
+    # The engine's "auto" depends on what has been calibrated.
+    assert drafted["counted"][0]["predictor"] not in ("auto", None)
+
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
+        rows = run("drafts", "--arms", "draft-1", "--shares", "26")
+    (drafted,) = [row for row in rows if row.get("arm") == "draft-1"]
+    assert "memory" in drafted["left_out"]
+    assert "error" not in drafted
+
+
+def test_rounds_are_counted_behind_each_prompt(run: Callable[..., list[dict[str, Any]]]) -> None:
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
+        rows = run("drafts", "--arms", "draft-1", "--shares", "250", "--trials", "3")
+    (drafted,) = [row for row in rows if row.get("arm") == "draft-1"]
+    totals = [sum(counted["rounds_by_draft"].values()) for counted in drafted["counted"]]
+    assert len(totals) == 3
+    assert max(totals) <= SIZES["num_decode_tokens"]
+
+
+def test_a_stage_whose_time_is_up_tells_what_it_has(
+    run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu import trials
+
+    ran = []
+    check = trials._check
+
+    def count(*given: Any, **settings: Any) -> Any:
+        ran.append(given)
+        return check(*given, **settings)
+
+    monkeypatch.setattr(trials, "_check", count)
+    monkeypatch.setattr("gpu.settings.Settings.is_over", lambda self: len(ran) >= 4)
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
+        rows = run("suites", "--trials", "5", "--shares", "50,80")
+    assert len(ran) == 4
+    assert [row["share"] for row in rows if row.get("left_out")] == [50, 80]
+    assert len([row for row in rows if "tpot_ms" in row]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("profile", "replay"), "replay needs --trace"),
+        (("suites", "--shares", "100"), "a share below 100"),
+        (("suites", "--shares", "15,x"), "percent above 0"),
+        (("slot_plan", "--shares", "30"), "--shares is for"),
+        (("suites", "--arms", "cache"), "--arms and --contexts are for"),
+        (("drafts", "--arms", "cache"), "unknown arm 'cache'"),
+        (("suites", "--trials", "0"), "a number from 1 on"),
+        (("drafts", "--contexts", "5,0"), "a number from 1 on"),
+    ],
+)
+def test_what_no_stage_could_do_is_refused_before_anything_is_made(
+    run: Callable[..., list[dict[str, Any]]],
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+) -> None:
+    from gpu.__main__ import main
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pretend_cuda(patch, is_quiet=True),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main([*words, "--output", str(tmp_path / "out")], **SIZES)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_contexts_beyond_the_models_own_are_refused(
+    run: Callable[..., list[dict[str, Any]]],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
+        rows = run("drafts", "--contexts", "5,100000")
+    assert len(rows) == 1
+    assert "more than the model's context" in rows[0]["error"]
+
+
+def test_a_trace_of_another_model_is_refused(
+    run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = RoutingTrace(3, 600, [[LayerVisit.from_routing([(1, 500)], 600)] * 3] * 4)
+    monkeypatch.setattr(read, "read_trace", lambda path: told)
+    with pytest.MonkeyPatch.context() as patch, pretend_cuda(patch, is_quiet=True):
+        rows = run("replay", "--trace", "told.csv", "--layers", "3")
+    assert "up to number 500" in rows[0]["error"]
+    assert not (tmp_path / "build" / "qwen3-30b-a3b-3").exists()
 
 
 def test_an_oracle_guesses_what_the_text_at_hand_was_sent_to(
