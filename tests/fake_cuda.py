@@ -79,6 +79,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "stream", self.on_stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         # transformers asks for it.
         is_capturing = lambda: self.phase == "capture"  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
@@ -98,7 +99,7 @@ class FakeCuda:
         self, graph: FakeGraph, *, pool: object, stream: Any, capture_error_mode: str
     ) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
-        graph.handle = object() if pool is None else pool
+        graph.handle = pool
         self.graphs.append(graph)
         before, self.current = self.current, stream
         with self.doing("capture"):

@@ -424,6 +424,7 @@ def pretend_cuda(patch: pytest.MonkeyPatch, *, is_quiet: bool = False) -> Iterat
         "stream": lambda stream: nullcontext(),
         "device": lambda device: nullcontext(),
         "CUDAGraph": Graph,
+        "graph_pool_handle": lambda: (0, 0),
         "graph": capture,
     }.items():
         patch.setattr(torch.cuda, name, value)

@@ -166,7 +166,8 @@ class Engine:
                         link=link,
                         draft_progress=draft_progress,
                     )
-            self._guard.watch(self.model)
+            turns = nullcontext() if self._device is None else self._device.runtime.turns
+            self._guard.watch(self.model, turns)
         except BaseException:
             self.close()
             raise
@@ -299,7 +300,7 @@ class Engine:
 
     def make_cache(self) -> Any:
         """Make an empty KV cache for one sequence, to be passed to `engine.model`."""
-        return make_kv_cache(self.model)
+        return make_kv_cache(self.model, self.max_positions)
 
     def close(self) -> None:
         """Stop the copies and let go of the experts' memory; may be called twice."""
@@ -549,7 +550,6 @@ class Engine:
             num_draft_tokens=None if isinstance(tokens, str) else tokens,
             draft_progress=draft_progress,
         )
-        self._guard.recover = path.recover
         self.drafter = path.drafter
         attach(loaded.sites, path.runtime.run_layer)
         if predictor is not None:

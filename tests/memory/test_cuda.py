@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from contextlib import contextmanager
@@ -44,23 +45,34 @@ def test_what_the_driver_answers_decides(monkeypatch: pytest.MonkeyPatch) -> Non
         cudaHostUnregister=lambda address: answers[address],
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    blamed: list[str] = []
+    blamed: list[torch.device] = []
 
-    def launch(size: int, *, device: str) -> None:
+    asked: list[torch.device] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        asked.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    second = torch.device("cuda", 1)
+
+    def launch(size: int, *, device: torch.device) -> None:
         blamed.append(device)
         raise RuntimeError("CUDA error: 712")
 
     monkeypatch.setattr(torch, "zeros", launch)
-    cuda.page_lock(1, 4096)
-    cuda.page_unlock(1)
+    cuda.page_lock(1, 4096, second)
+    cuda.page_unlock(1, second)
     assert not blamed
     with pytest.raises(CapacityError, match="712") as caught:
-        cuda.page_lock(2, 4096)
+        cuda.page_lock(2, 4096, second)
     assert "ulimit" in str(caught.value.hint)
     # CUDA blames a refusal on whatever is launched next: that is nothing that matters.
-    assert blamed == ["cuda"]
-    cuda.page_unlock(2)
-    assert blamed == ["cuda", "cuda"]
+    assert blamed == [second]
+    cuda.page_unlock(2, second)
+    assert blamed == [second, second]
+    assert asked == [second] * 4, "another device is not woken up"
 
 
 def test_free_memory_includes_torchs_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +236,86 @@ class TestCopyStreams:
         log.clear()
         cuda.wait_idle(device)
         assert log == [("idle", device)]
+
+
+class TestTurns:
+    def test_a_thread_may_enter_again_and_others_wait(self) -> None:
+        ended: list[str] = []
+        turns = cuda.Turns(torch.device("cpu"), at_end=lambda: ended.append("ended"))
+        order: list[str] = []
+
+        def other() -> None:
+            with turns:
+                order.append("other")
+
+        with turns:
+            thread = threading.Thread(target=other)
+            thread.start()
+            with turns:
+                order.append("inside")
+            assert not ended
+            order.append("outside")
+        thread.join()
+        assert order == ["inside", "outside", "other"]
+        assert ended == ["ended"] * 2
+
+    def test_a_turn_that_breaks_off_ends_too(self) -> None:
+        ended: list[str] = []
+        turns = cuda.Turns(torch.device("cpu"), at_end=lambda: ended.append("ended"))
+        with pytest.raises(KeyboardInterrupt), turns, turns:
+            raise KeyboardInterrupt
+        assert ended == ["ended"]
+        with turns:
+            pass
+
+    def test_on_another_stream_a_turn_is_behind_the_last(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log: list[tuple[str, str]] = []
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                log.append((self.name, other.name))
+
+        one, two = Stream("one"), Stream("two")
+        turns = cuda.Turns(torch.device("cuda", 0))
+        for stream in (one, one, two, two, one):
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=stream: now)
+            with turns, turns:
+                pass
+        assert log == [("two", "one"), ("one", "two")]
+
+
+class TestLeavingACapture:
+    def test_what_torch_still_records_is_ended_and_let_go_of(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        called: list[tuple[str, int, object]] = []
+
+        def note(name: str, device: int, pool: object) -> None:
+            called.append((name, device, pool))
+
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, functools.partial(note, name), raising=False)
+        cuda.leave_capture(torch.device("cuda", 1), (0, 7))
+        assert called == [
+            ("_cuda_endAllocateToPool", 1, (0, 7)),
+            ("_cuda_releasePool", 1, (0, 7)),
+        ]
+
+    def test_a_pool_that_is_not_recorded_to_is_not_let_go_of_twice(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        called: list[str] = []
+
+        def refuse(device: int, pool: object) -> None:
+            raise RuntimeError("not recording to this pool")
+
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", refuse, raising=False)
+        release = lambda device, pool: called.append("released")  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+        cuda.leave_capture(torch.device("cuda", 0), (0, 7))
+        assert not called

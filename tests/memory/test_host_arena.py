@@ -177,10 +177,12 @@ def test_layers_are_locked_one_by_one_and_unlocked_with_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     locked: dict[int, int] = {}
-    monkeypatch.setattr(cuda, "page_lock", lambda address, size: locked.update({address: size}))
-    monkeypatch.setattr(cuda, "page_unlock", lambda address: locked.pop(address))
+    monkeypatch.setattr(
+        cuda, "page_lock", lambda address, size, device: locked.update({address: size})
+    )
+    monkeypatch.setattr(cuda, "page_unlock", lambda address, device: locked.pop(address))
     arena = HostArena(LAYERS, EXPERTS, ALIGNMENT)
-    arena.page_lock()
+    arena.page_lock(torch.device("cuda", 0))
     assert arena.is_page_locked
     start = arena.blocks.data_ptr()
     size = EXPERTS * ALIGNMENT
@@ -196,15 +198,15 @@ def test_a_driver_that_refuses_in_the_middle_leaves_nothing_locked(
 ) -> None:
     locked: list[int] = []
 
-    def lock(address: int, num_bytes: int) -> None:
+    def lock(address: int, num_bytes: int, device: torch.device) -> None:
         if len(locked) == 2:
             raise CapacityError("no", needed_bytes=1, available_bytes=0, setting="host_memory")
         locked.append(address)
 
     monkeypatch.setattr(cuda, "page_lock", lock)
-    monkeypatch.setattr(cuda, "page_unlock", locked.remove)
+    monkeypatch.setattr(cuda, "page_unlock", lambda address, device: locked.remove(address))
     arena = HostArena(LAYERS, EXPERTS, ALIGNMENT)
     with pytest.raises(CapacityError):
-        arena.page_lock()
+        arena.page_lock(torch.device("cuda", 0))
     assert not locked
     arena.release()

@@ -268,9 +268,11 @@ def test_converted_experts_are_kept_converted(plans: list[ExpertPlan], content: 
 
 def test_pages_are_locked_once_and_unlocked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[tuple[str, int]] = []
-    monkeypatch.setattr(cuda, "page_lock", lambda address, size: log.append(("lock", size)))
-    monkeypatch.setattr(cuda, "page_unlock", lambda address: log.append(("unlock", address)))
-    tier = HostTier(2 * ALIGNMENT, ALIGNMENT, is_page_locked=True)
+    monkeypatch.setattr(cuda, "page_lock", lambda address, size, device: log.append(("lock", size)))
+    monkeypatch.setattr(
+        cuda, "page_unlock", lambda address, device: log.append(("unlock", address))
+    )
+    tier = HostTier(2 * ALIGNMENT, ALIGNMENT, device=torch.device("cuda", 0))
     assert log == [("lock", 2 * ALIGNMENT)]
     address = tier._arena.block(0).data_ptr()
     tier.close()
@@ -279,7 +281,7 @@ def test_pages_are_locked_once_and_unlocked_once(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_driver_that_refuses_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(address: int, size: int) -> None:
+    def refuse(address: int, size: int, device: torch.device) -> None:
         raise CapacityError("no", needed_bytes=size, available_bytes=0, setting="host_memory")
 
     made: list[SlotArena] = []
@@ -288,7 +290,7 @@ def test_a_driver_that_refuses_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> 
         HostTier(
             ALIGNMENT,
             ALIGNMENT,
-            is_page_locked=True,
+            device=torch.device("cuda", 0),
             reader=lambda arena: made.append(arena) or DiskBackend(arena),  # type: ignore[func-returns-value]
         )
     assert made == []

@@ -75,6 +75,8 @@ def test_a_forward_takes_logits_and_eager_scores(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = loaded.model.config
+    # Every head its own: nothing is copied for them.
+    monkeypatch.setattr(config, "num_key_value_heads", config.num_attention_heads)
     fused = workspace_bytes(loaded, 16, 256)
     assert fused >= 16 * config.vocab_size * (4 + 4)
     assert workspace_bytes(loaded, 32, 256) == 2 * fused
@@ -82,6 +84,17 @@ def test_a_forward_takes_logits_and_eager_scores(
     monkeypatch.setattr(config, "_attn_implementation", "eager")
     scores = 16 * config.num_attention_heads * 256 * (4 + 4)
     assert workspace_bytes(loaded, 16, 256) == fused + scores
+
+
+def test_heads_that_share_keys_have_them_copied_over_the_whole_context(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = loaded.model.config
+    heads = config.num_attention_heads
+    assert config.num_key_value_heads < heads
+    found = [workspace_bytes(loaded, 16, context) for context in (0, 256)]
+    keys_and_values = 2 * heads * config.head_dim * 256 * 4
+    assert found[1] - found[0] == 2 * keys_and_values + 16 * 256 * (1 + 4)
 
 
 def test_a_drafts_layouts_are_the_targets_quantised(loaded: LoadedModel) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from fake_cuda import FakeCuda
 from foreload.errors import ForeloadError
+from foreload.model import graph
 from foreload.model.graph import FilledNumbers, StepGraph, StepGraphs
 from foreload.model.kv_cache import clear_static, make_static_cache, pass_cache, rewind_static
 from watch import Watch
@@ -272,6 +273,33 @@ def test_one_step_that_cannot_be_captured_speaks_for_all(
     assert cuda.current is cuda.home, "work goes on where it was"
     assert len(caplog.records) == 1
     assert "not permitted" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, None])
+def test_a_capture_that_breaks_off_is_left(
+    run: Any,
+    tiny_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException] | None,
+) -> None:
+    left: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(graph, "leave_capture", lambda device, pool: left.append((device, pool)))
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+
+    def breaking(token_ids: Tensor, cache: Any) -> Tensor:
+        if cuda.phase == "capture" and error is not None:
+            raise error("stop")
+        return run(token_ids, cache)
+
+    step = make_step(breaking, tiny_model, is_captured=True)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            step.prepare()
+        assert step.wants_capture
+    else:
+        step.prepare()
+    assert left == ([] if error is None else [(CPU, cuda.graphs[0].handle)])
 
 
 @pytest.mark.parametrize("is_hidden", [False, True])

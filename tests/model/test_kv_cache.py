@@ -165,6 +165,20 @@ def test_a_thousand_tokens_take_a_few_buffers() -> None:
     assert keys[0, 0, :, 0].tolist() == list(range(1000))
 
 
+def test_no_room_is_kept_beyond_the_most_tokens() -> None:
+    for first, most, room in ((3, 40, 40), (300, 500, 500), (100, 150, 150), (3, 1000, 600)):
+        layer = _GrowingLayer(most)
+        for size in (first, *[1] * 320):
+            if layer.get_seq_length() + size > most:
+                break
+            layer.update(torch.zeros(1, 1, size, 4), torch.zeros(1, 1, size, 4))
+        assert layer._key_buffer is not None
+        assert layer._key_buffer.shape[-2] <= most
+        assert layer._key_buffer.shape[-2] <= max(room, 512)
+    beyond, _ = layer.update(torch.zeros(1, 1, 2000, 4), torch.zeros(1, 1, 2000, 4))
+    assert beyond.shape[-2] > most, "what is there is never cut off"
+
+
 def test_low_precision_is_kept() -> None:
     layer = _GrowingLayer()
     ones = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)

@@ -20,19 +20,21 @@ import torch
 from foreload.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
 __all__ = [
     "CopyStreams",
     "ReadMark",
     "SideStream",
+    "Turns",
     "cpus_near",
     "find_device",
     "free_bytes",
     "has_device",
     "is_capturing",
     "is_out_of_memory",
+    "leave_capture",
     "measure_shortage",
     "on_device",
     "page_lock",
@@ -122,20 +124,22 @@ def wait_idle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def page_lock(address: int, num_bytes: int) -> None:
+def page_lock(address: int, num_bytes: int, device: torch.device) -> None:
     """Let CUDA devices read a range of host memory in place. CUDA only.
 
     Args:
         address: Where it begins, a multiple of the page size.
         num_bytes: Its length.
+        device: The one to ask; no other one is woken up.
 
     Raises:
         CapacityError: The driver refused.
     """
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(runtime.cudaHostRegister(address, num_bytes, _REGISTER_FLAGS))
+    with on_device(device):
+        code = int(runtime.cudaHostRegister(address, num_bytes, _REGISTER_FLAGS))
     if code != 0:
-        _clear_error()
+        _clear_error(device)
         raise CapacityError(
             f"the driver refused to lock host memory for the experts (error {code})",
             needed_bytes=num_bytes,
@@ -146,19 +150,20 @@ def page_lock(address: int, num_bytes: int) -> None:
         )
 
 
-def page_unlock(address: int) -> None:
+def page_unlock(address: int, device: torch.device) -> None:
     """Undo `page_lock` for the range that begins at `address`. CUDA only."""
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(runtime.cudaHostUnregister(address))
+    with on_device(device):
+        code = int(runtime.cudaHostUnregister(address))
     if code != 0:
-        _clear_error()
+        _clear_error(device)
         logger.warning("the driver refused to unlock host memory (error %d)", code)
 
 
-def _clear_error() -> None:
+def _clear_error(device: torch.device) -> None:
     """Take back the error that CUDA keeps of a refusal: the next kernel would be blamed for it."""
     with suppress(RuntimeError):
-        torch.zeros(1, device="cuda")
+        torch.zeros(1, device=device)
 
 
 def cpus_near(device: torch.device, *, root: Path = Path("/sys")) -> set[int] | None:
@@ -227,6 +232,57 @@ class SideStream:
         """Let what is asked for from now on wait for marked work; the host does not."""
         if self._stream is not None and mark is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(mark)
+
+
+class Turns:
+    """One thread's work on a device at a time, behind all that was asked for in the turns before.
+
+    A context that may be entered again inside. Threads may have streams of their own.
+
+    Args:
+        device: Where the work is done.
+        at_end: Called when a turn ends, however it does, before the next one begins.
+    """
+
+    def __init__(self, device: torch.device, at_end: Callable[[], None] = lambda: None) -> None:
+        self._device = device
+        self._at_end = at_end
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._last: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            if self._depth == 0 and self._last is not None:
+                current = torch.cuda.current_stream(self._device)
+                if current != self._last:
+                    current.wait_stream(self._last)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if self._depth == 1:
+                self._at_end()
+                if self._device.type == "cuda":
+                    self._last = torch.cuda.current_stream(self._device)
+        finally:
+            self._depth -= 1
+            self._lock.release()
+
+
+def leave_capture(device: torch.device, pool: Any) -> None:
+    """Take torch's allocator out of a capture that could not be ended; does nothing otherwise.
+
+    torch 2.11 leaves its own books open there, and gives no cached memory back from then on.
+    """
+    with suppress(RuntimeError):
+        # Raises where the books are closed, and the pool is let go of with its graph.
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        torch._C._cuda_releasePool(device.index or 0, pool)
 
 
 ReadMark: TypeAlias = torch.cuda.Event | None

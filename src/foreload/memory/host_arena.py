@@ -84,7 +84,7 @@ class HostArena:
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._locked: list[int] = []
+        self._locked: list[tuple[int, torch.device]] = []
 
     @property
     def blocks(self) -> torch.Tensor:
@@ -150,8 +150,11 @@ class HostArena:
             reader.close()
             scratch.release()
 
-    def page_lock(self) -> None:
+    def page_lock(self, device: torch.device) -> None:
         """Let CUDA devices read the blocks in place, layer by layer. CUDA only.
+
+        Args:
+            device: The one that will.
 
         Raises:
             CapacityError: The driver refused; nothing stays locked. What it names as available is
@@ -160,8 +163,8 @@ class HostArena:
         try:
             # One registration per layer: a copy may not reach across two.
             for layer in self.blocks:
-                cuda.page_lock(layer.data_ptr(), layer.numel())
-                self._locked.append(layer.data_ptr())
+                cuda.page_lock(layer.data_ptr(), layer.numel(), device)
+                self._locked.append((layer.data_ptr(), device))
         except CapacityError as error:
             locked = len(self._locked) * (self.num_bytes // len(self.blocks))
             self._unlock()
@@ -187,7 +190,7 @@ class HostArena:
 
     def _unlock(self) -> None:
         while self._locked:
-            cuda.page_unlock(self._locked.pop())
+            cuda.page_unlock(*self._locked.pop())
 
 
 class _Filler:

@@ -19,6 +19,7 @@ from foreload.memory.disk import DiskBackend
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import torch
     from torch import Tensor
 
     from foreload.types import ExpertPlan
@@ -39,7 +40,7 @@ class HostTier:
     Args:
         num_bytes: What it may take; it has as many blocks as fit.
         block_bytes: Bytes of a block, any expert's `memory.arena.slot_bytes`.
-        is_page_locked: Whether CUDA devices copy from it.
+        device: The CUDA device that copies from it; None where there is none.
         reader: Makes what reads experts into the blocks.
 
     Attributes:
@@ -56,7 +57,7 @@ class HostTier:
         num_bytes: int,
         block_bytes: int,
         *,
-        is_page_locked: bool = False,
+        device: torch.device | None = None,
         reader: Callable[[SlotArena], DiskBackend] = DiskBackend,
     ) -> None:
         self.num_blocks = num_bytes // block_bytes
@@ -70,11 +71,11 @@ class HostTier:
         self.disk_bytes = 0
         self.host_bytes = 0
         self._arena = SlotArena(self.num_blocks, block_bytes)
-        self._locked: int | None = None
-        if is_page_locked:
+        self._locked: tuple[int, torch.device] | None = None
+        if device is not None:
             address = self._arena.block(0).data_ptr()
-            cuda.page_lock(address, self._arena.num_bytes)
-            self._locked = address
+            cuda.page_lock(address, self._arena.num_bytes, device)
+            self._locked = address, device
         self._reader = reader(self._arena)
         # By the identity of its plan, least recently used first; a block keeps its plan alive.
         self._blocks: dict[int, _Block] = {}
@@ -118,7 +119,7 @@ class HostTier:
             self._blocks.clear()
             locked, self._locked = self._locked, None
         if locked is not None:
-            cuda.page_unlock(locked)
+            cuda.page_unlock(*locked)
         self._arena.release()
         self._reader.close()
 

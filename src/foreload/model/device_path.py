@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from foreload.errors import ForeloadError, UnsupportedModelError
 from foreload.memory import cuda
@@ -35,14 +35,12 @@ from foreload.model.sites import silenced_experts
 from foreload.model.slot_division import divide_slots
 from foreload.ops.device_experts import MAX_TOKENS, DeviceExperts
 from foreload.ops.device_layout import store_expert
-from foreload.ops.device_tables import ABSENT
 from foreload.ops.grouped import TwinGrouped
 from foreload.ops.present import choose_present
 from foreload.schedule.governor import Governor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     import torch
 
@@ -147,7 +145,7 @@ class DevicePath:
                 cpus=cuda.cpus_near(device),
             )
             if device.type == "cuda":
-                self._host.page_lock()
+                self._host.page_lock(device)
             kernels = make_kernels(device)
             self._experts = DeviceExperts(
                 layouts,
@@ -186,16 +184,13 @@ class DevicePath:
                     is_captured=device.type == "cuda",
                     most_positions=context,
                     on_broken=self.runtime.abandon,
+                    turns=self.runtime.turns,
                 )
             else:
                 logger.warning(
                     "%s keeps more than keys and values between tokens: its steps are not captured",
                     spec.architecture,
                 )
-            # Taken before the runtime's own lock, as by a step that runs.
-            self._launching: AbstractContextManager[Any] = (
-                nullcontext() if self._steps is None else self._steps.lock
-            )
             if self._steps is not None and draft != "none":
                 self.drafter = self._make_drafter(
                     loaded,
@@ -220,13 +215,13 @@ class DevicePath:
     @contextmanager
     def lend_step(self, num_positions: int) -> Iterator[StepGraph | None]:
         """Lend a step with an empty KV cache for so many tokens; None where there can be none."""
-        with self.runtime.lock:
+        with self.runtime.turns:
             self._num_requests += 1
         try:
             with nullcontext() if self._steps is None else self._steps.lend(num_positions) as step:
                 yield step
         finally:
-            with self.runtime.lock:
+            with self.runtime.turns:
                 self._num_requests -= 1
 
     def divide_slots(self, plan: SlotPlan) -> None:
@@ -241,7 +236,7 @@ class DevicePath:
             TraceError: A trace cannot be read.
         """
         slots = divide_slots(plan, self._num_slots, self._spec)
-        with self._launching, self.runtime.lock:
+        with self.runtime.turns:
             if self._num_requests:
                 raise ForeloadError(
                     "slots cannot be divided anew while a request is running",
@@ -252,26 +247,12 @@ class DevicePath:
             self.runtime.divide(slots)
             self.slots = slots
 
-    def recover(self) -> None:
-        """Empty the slots, in place, after a forward that was broken off by a lack of memory.
-
-        An expert is given its slot before it is brought there, and what lies between takes memory.
-        Captured steps stay valid.
-        """
-        with self._launching, self.runtime.lock:
-            cuda.wait_idle(self._device)
-            self.runtime.abandon()
-            tables = self._experts.tables
-            for table in (tables.slot_of, tables.expert_of, tables.stamp):
-                table.fill_(ABSENT)
-            tables.is_fresh.zero_()
-
     def release(self) -> None:
         """Let go of steps and memory; may be called twice."""
         if self._steps is not None:
             self._steps.release()
-        # Between two layers of whoever is still running.
-        with self.runtime.lock:
+        # Between two forwards of whoever is still running.
+        with self.runtime.turns:
             self.held.close()
 
     def _make_drafter(

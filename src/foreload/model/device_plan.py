@@ -142,6 +142,8 @@ def workspace_bytes(loaded: LoadedModel, num_tokens: int, context: int) -> int:
 
     Logits and hidden states in the model's element type and once more in float32, the inputs and
     outputs of the experts, and where attention is computed eagerly its scores over the context.
+    Keys and values that several heads share are copied for each of them, over the whole room of a
+    static cache: once in a forward and once in what captured steps keep to themselves.
 
     Args:
         loaded: The model.
@@ -156,7 +158,14 @@ def workspace_bytes(loaded: LoadedModel, num_tokens: int, context: int) -> int:
     per_token += spec.top_k * (spec.hidden_size + 2 * width)
     if config._attn_implementation == "eager":
         per_token += int(config.num_attention_heads) * context
-    return num_tokens * per_token * size
+    heads, dtype_size = int(config.num_attention_heads), int(loaded.model.dtype.itemsize)
+    shared = 0
+    if getattr(config, "num_key_value_heads", heads) not in (heads, None):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        keys_and_values = 2 * heads * int(head_dim) * context * dtype_size
+        mask = num_tokens * context * (1 + dtype_size)
+        shared = 2 * keys_and_values + mask
+    return num_tokens * per_token * size + shared
 
 
 def _layout(site: MoeSite, plans: list[ExpertPlan]) -> ExpertLayout:

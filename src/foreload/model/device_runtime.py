@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from foreload.memory.cuda import SideStream, on_device, wait_idle
+from foreload.memory.cuda import SideStream, Turns, on_device, wait_idle
 from foreload.ops.device_experts import MAX_TOKENS
+from foreload.ops.device_tables import ABSENT
 from foreload.types import Routing, RoutingEvent
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class DeviceRuntime:
         predictor: Guesses the next layer's routing, or None.
 
     Attributes:
-        lock: Held at every layer: forwards of several threads take turns.
+        turns: Held in every forward, and where a captured one is launched: what another left in the
+            slots between two layers would be overwritten, or read where it is no longer.
     """
 
     def __init__(
@@ -98,7 +100,8 @@ class DeviceRuntime:
         policy: DevicePolicy,
         predictor: TensorPredictor | None = None,
     ) -> None:
-        self.lock = threading.RLock()
+        self.turns = Turns(device, at_end=self._mend)
+        self._is_broken = False
         self._experts = experts
         self._prefill = prefill
         self._block_bytes = block_bytes
@@ -183,7 +186,7 @@ class DeviceRuntime:
             No host sync, with kernels; for more tokens than a step may have one.
         """
         routing = Routing(top_k_index, top_k_weights)
-        with self.lock, on_device(hidden_states.device):
+        with self.turns, self._changing(), on_device(hidden_states.device):
             draft = self._drafting.get(threading.get_ident())
             if draft is not None:
                 self._prefetch_noted(layer, draft.note(layer, top_k_index))
@@ -218,7 +221,7 @@ class DeviceRuntime:
         Args:
             slots: Slots of each layer, no more in all than there are.
         """
-        with self.lock:
+        with self.turns, self._changing():
             wait_idle(self._policy.pairs.device)
             self.abandon()
             # Guesses that nobody has wanted so far leave unused.
@@ -230,7 +233,7 @@ class DeviceRuntime:
 
     def count(self) -> None:
         """Bring the metrics up to date with what the device has counted; waits for the device."""
-        with self.lock:
+        with self.turns:
             tables = self._experts.tables
             # One copy: with a draft this is asked for in every round.
             counted = tables.counters.sum(0)
@@ -250,6 +253,31 @@ class DeviceRuntime:
             metrics.wasted_bytes += new.wasted * self._block_bytes
             metrics.num_executed += new.executed
             metrics.num_speculated += new.speculated
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Note where what changes the slots is broken off."""
+        try:
+            yield
+        except BaseException:
+            self._is_broken = True
+            raise
+
+    def _mend(self) -> None:
+        """Empty the slots, in place, once a forward was broken off in the middle of a layer.
+
+        An expert is given its slot before it is brought there, and what lies between may take
+        memory, compile a kernel, or be interrupted. Captured steps stay valid.
+        """
+        if not self._is_broken:
+            return
+        wait_idle(self._policy.pairs.device)
+        self.abandon()
+        tables = self._experts.tables
+        for table in (tables.slot_of, tables.expert_of, tables.stamp):
+            table.fill_(ABSENT)
+        tables.is_fresh.zero_()
+        self._is_broken = False
 
     def _prefetch_next(self, predictor: TensorPredictor, event: RoutingEvent) -> None:
         """Bring, beside this layer's computation, what the next one will probably want."""

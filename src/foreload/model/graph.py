@@ -9,7 +9,6 @@ likeliest, and keeps no request.
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from foreload.errors import ForeloadError
-from foreload.memory.cuda import is_out_of_memory, on_device
+from foreload.memory.cuda import Turns, is_out_of_memory, leave_capture, on_device
 from foreload.model.kv_cache import clear_static, pass_cache, rewind_static
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -71,14 +71,18 @@ class GraphPool:
     reads what another has left there. Replays follow each other on one stream, and a step's outputs
     are copied out. Each replay overwrites what the others have left in the pool.
 
+    Args:
+        turns: Held while a step is captured or launched: none is when it is closed. Whatever else
+            runs on the device beside such a step holds it, too.
+
     Attributes:
-        lock: Held while a step is captured or launched: none is when it is closed.
+        turns: The same.
         can_capture: Whether captures are tried: none is after one that the model does not allow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, turns: AbstractContextManager[Any]) -> None:
         self._stream: Any = None
-        self.lock = threading.RLock()
+        self.turns = turns
         self.can_capture = True
         # A pool ends with its last graph, and its name must not be used again then.
         self._steps: weakref.WeakSet[StepGraph] = weakref.WeakSet()
@@ -92,10 +96,11 @@ class GraphPool:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            outputs = run()
-        current.wait_stream(self._stream)
-        return outputs
+        try:
+            with torch.cuda.stream(self._stream):
+                return run()
+        finally:
+            current.wait_stream(self._stream)
 
     def capture(self, step: StepGraph, run: Callable[[], None]) -> bool:
         """Capture what has been warmed up as the graph of a step.
@@ -108,23 +113,26 @@ class GraphPool:
             RuntimeError: The device ran out of memory, which says nothing about the model.
         """
         # Only one at a time can be under way.
-        with self.lock:
+        with self.turns:
             if not self.can_capture:
                 return False
-            graph = torch.cuda.CUDAGraph()
+            graph, handle = torch.cuda.CUDAGraph(), self._handle()
             try:
                 # One that breaks may leave this thread on the stream it was captured on.
                 with (
                     torch.cuda.stream(torch.cuda.current_stream()),
                     torch.cuda.graph(
                         graph,
-                        pool=self._handle(),
+                        pool=handle,
                         stream=self._stream,
                         capture_error_mode="thread_local",
                     ),
                 ):
                     run()
-            except RuntimeError as error:
+            except BaseException as error:
+                leave_capture(step.device, handle)
+                if not isinstance(error, RuntimeError):
+                    raise
                 # One that was broken off may not be ended either, which hides the reason.
                 causes = _causes(error)
                 for cause in causes:
@@ -140,8 +148,9 @@ class GraphPool:
             return True
 
     def _handle(self) -> Any:
-        """Name the pool of the graphs there are; None makes a new one."""
-        return next((step.graph.pool() for step in self._steps if step.graph is not None), None)
+        """Name the pool of the graphs there are, or a new one."""
+        pools = (step.graph.pool() for step in self._steps if step.graph is not None)
+        return next(pools, None) or torch.cuda.graph_pool_handle()
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -192,10 +201,15 @@ class StepGraph:
         self._is_capturing = self.wants_capture = is_captured
         self._on_broken = on_broken
         self.is_closed = False
-        self._pool = pool or GraphPool()
+        self._pool = pool or GraphPool(Turns(device))
         self.graph: Any = None
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._beside: dict[tuple[int, ForwardAll], StepGraph] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Tell where it runs."""
+        return self._token_ids.device
 
     @property
     def is_captured(self) -> bool:
@@ -214,7 +228,7 @@ class StepGraph:
         Cost:
             One launch, where the step is captured; the host does not wait.
         """
-        with self._pool.lock, torch.inference_mode(), on_device(self._token_ids.device):
+        with self._pool.turns, torch.inference_mode(), on_device(self.device):
             if self.is_closed:
                 raise ForeloadError("the engine is closed", hint="open a new one")
             # From page-locked memory, which torch does not use again before it was read.
@@ -248,14 +262,14 @@ class StepGraph:
             Whether it was done now: the step has then been run on whatever tokens it had, and
             experts were looked up and fetched for them.
         """
-        if not (self.wants_capture and self._pool.can_capture):
-            self.wants_capture = False
-            return False
-        with torch.inference_mode(), on_device(self._token_ids.device):
+        with self._pool.turns, torch.inference_mode(), on_device(self.device):
+            if not (self.wants_capture and self._pool.can_capture):
+                self.wants_capture = False
+                return False
             self._capture()
-        # Not before: where memory ran out the next use tries again.
-        self.wants_capture = False
-        return True
+            # Not before: where memory ran out the next use tries again.
+            self.wants_capture = False
+            return True
 
     def beside(
         self, num_tokens: int, *, forward: ForwardAll | None = None, can_capture: bool = True
@@ -274,7 +288,7 @@ class StepGraph:
             self._beside[key] = StepGraph(
                 key[1],
                 self.cache,
-                self._token_ids.device,
+                self.device,
                 num_positions=self.num_positions,
                 num_tokens=num_tokens,
                 is_captured=self._is_capturing and can_capture,
@@ -296,7 +310,7 @@ class StepGraph:
 
     def close(self) -> None:
         """Let go of the captured step, which reads memory that is about to go."""
-        with self._pool.lock:
+        with self._pool.turns:
             self.is_closed = True
             self.graph = self._outputs = None
             for step in self._beside.values():
@@ -338,9 +352,7 @@ class StepGraphs:
         is_captured: As for `StepGraph`.
         on_broken: As for `StepGraph`.
         most_positions: Most tokens of a request, where there is a limit.
-
-    Attributes:
-        lock: Held while any of the steps is captured or launched.
+        turns: As for `GraphPool`; their own by default.
     """
 
     def __init__(
@@ -352,6 +364,7 @@ class StepGraphs:
         is_captured: bool = False,
         on_broken: Callable[[], None] = lambda: None,
         most_positions: int | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._forward = forward
         self._make_cache = make_cache
@@ -359,30 +372,33 @@ class StepGraphs:
         self._is_captured = is_captured
         self._on_broken = on_broken
         self._most_positions = most_positions
-        self._pool = GraphPool()
-        self.lock = self._pool.lock
+        self._turns = turns or Turns(device)
+        self._pool = GraphPool(self._turns)
         self._idle: list[StepGraph] = []
         self._lent: list[StepGraph] = []
 
     @contextmanager
     def lend(self, num_positions: int) -> Iterator[StepGraph]:
         """Lend a step with an empty cache for so many tokens; one request has it to itself."""
-        step = self._take(num_positions)
-        self._lent.append(step)
+        with self._turns:
+            step = self._take(num_positions)
+            self._lent.append(step)
         try:
             yield step
         except Exception:
-            # Memory may be what lacked: this step's, and that of those nobody uses.
-            step.close()
-            self._idle.clear()
+            with self._turns:
+                # Memory may be what lacked: this step's, and that of those nobody uses.
+                step.close()
+                self._idle.clear()
             raise
         finally:
-            # After `release` it is in neither list.
-            if step in self._lent:
-                self._lent.remove(step)
-                if not step.is_closed:
-                    step.clear()
-                    self._idle.append(step)
+            with self._turns:
+                # After `release` it is in neither list.
+                if step in self._lent:
+                    self._lent.remove(step)
+                    if not step.is_closed:
+                        step.clear()
+                        self._idle.append(step)
 
     def step_of(self, cache: Any) -> StepGraph:
         """Give the lent step whose KV cache this is.
@@ -397,10 +413,11 @@ class StepGraphs:
 
     def release(self) -> None:
         """Close all steps; those that are lent answer no more."""
-        for step in (*self._idle, *self._lent):
-            step.close()
-        self._idle.clear()
-        self._lent.clear()
+        with self._turns:
+            for step in (*self._idle, *self._lent):
+                step.close()
+            self._idle.clear()
+            self._lent.clear()
 
     def _take(self, num_positions: int) -> StepGraph:
         for place, step in enumerate(self._idle):

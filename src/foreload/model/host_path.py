@@ -106,7 +106,7 @@ class HostPath:
         self._most_bytes = int(config.expert_memory)
         self._staged: StagedBackend | None = None
         if device.type == "cuda" and host_tier is None:
-            host_tier = functools.partial(HostTier, int(config.host_memory), is_page_locked=True)
+            host_tier = functools.partial(HostTier, int(config.host_memory), device=device)
         if host_tier is not None and config.draft != "none":
             # Before the slots: quantising needs room that they would take.
             draft = make_resident_draft(

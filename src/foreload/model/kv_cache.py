@@ -5,6 +5,7 @@ What a model can is found out by letting it try.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any
@@ -31,8 +32,13 @@ _FIRST_CAPACITY = 256
 _LONGEST_TRIAL = 64
 
 
-def make_kv_cache(model: Any) -> DynamicCache:
+def make_kv_cache(model: Any, most_tokens: int | None = None) -> DynamicCache:
     """Make a cache for one sequence (or batch) of a transformers model.
+
+    Args:
+        model: The model.
+        most_tokens: What the sequence will have at most, where that is known: no layer keeps room
+            for more.
 
     Full-attention layers grow by doubling, sliding windows stay within sight of the mask; others
     (linear attention) stay transformers' own. Cropping and reordering work as in `DynamicCache`.
@@ -42,9 +48,9 @@ def make_kv_cache(model: Any) -> DynamicCache:
     if own is not None:
         return own()
     cache = DynamicCache(config=model.config)
-    cache.layers = [_own_layer(layer) for layer in cache.layers]
+    cache.layers = [_own_layer(layer, most_tokens) for layer in cache.layers]
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
-        cache.layer_class_to_replicate = _GrowingLayer
+        cache.layer_class_to_replicate = functools.partial(_GrowingLayer, most_tokens)
     return cache
 
 
@@ -193,9 +199,9 @@ def _own_cache_class(model_class: type) -> type[DynamicCache] | None:
     return None
 
 
-def _own_layer(layer: Any) -> Any:
+def _own_layer(layer: Any, most_tokens: int | None) -> Any:
     if type(layer) is DynamicLayer:
-        return _GrowingLayer()
+        return _GrowingLayer(most_tokens)
     if type(layer) is DynamicSlidingWindowLayer:
         return _WindowLayer(sliding_window=layer.sliding_window)
     return layer
@@ -224,8 +230,9 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     keys: Tensor
     values: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, most_tokens: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._most_tokens = most_tokens
         self._key_buffer: Tensor | None = None
         self._value_buffer: Tensor | None = None
 
@@ -236,8 +243,9 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         used = self.get_seq_length()
-        self._key_buffer = _with_room(self._key_buffer, self.keys, key_states, used)
-        self._value_buffer = _with_room(self._value_buffer, self.values, value_states, used)
+        most = self._most_tokens
+        self._key_buffer = _with_room(self._key_buffer, self.keys, key_states, used, most)
+        self._value_buffer = _with_room(self._value_buffer, self.values, value_states, used, most)
         end = used + key_states.shape[-2]
         self._key_buffer[..., used:end, :] = key_states
         self._value_buffer[..., used:end, :] = value_states
@@ -246,7 +254,9 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
 
-def _with_room(buffer: Tensor | None, held: Tensor, new: Tensor, used: int) -> Tensor:
+def _with_room(
+    buffer: Tensor | None, held: Tensor, new: Tensor, used: int, most: int | None
+) -> Tensor:
     """Give a buffer that begins with `held` and has room for `new` behind it."""
     needed = used + new.shape[-2]
     # After a reorder or a selection `held` is a tensor of its own: the buffer is stale. One made
@@ -260,7 +270,10 @@ def _with_room(buffer: Tensor | None, held: Tensor, new: Tensor, used: int) -> T
     )
     if buffer is not None and is_current and buffer.shape[-2] >= needed:
         return buffer
-    capacity = max(_FIRST_CAPACITY, 2 * used, needed)
+    capacity = max(_FIRST_CAPACITY, 2 * used)
+    if most is not None:
+        capacity = min(capacity, most)
+    capacity = max(capacity, needed)
     grown = torch.empty(
         (*new.shape[:-2], capacity, new.shape[-1]), dtype=new.dtype, device=new.device
     )

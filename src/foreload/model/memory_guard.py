@@ -1,4 +1,4 @@
-"""A device that runs out of memory in the middle of a forward: told once, and recovered from."""
+"""A device that runs out of memory in the middle of a forward: told once, where it was begun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from foreload.errors import CapacityError
 from foreload.memory.cuda import is_capturing, is_out_of_memory, measure_shortage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Generator, Iterator
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -29,12 +30,9 @@ class MemoryGuard:
     Args:
         device: Where the model computes.
 
-    Attributes:
-        recover: Called once all that was under way has been left; does nothing unless it is set.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.recover: Callable[[], None] = lambda: None
         self._device = device
         # By thread, as forwards are.
         self._computing: set[int] = set()
@@ -64,7 +62,6 @@ class MemoryGuard:
             needed, available = measure_shortage(error, self._device)
             # They keep what was computed so far for as long as anybody keeps the error.
             traceback.clear_frames(error.__traceback__)
-            self.recover()
             raise CapacityError(
                 f"the device ran out of memory {doing}",
                 needed_bytes=needed,
@@ -75,13 +72,18 @@ class MemoryGuard:
         finally:
             self._computing.discard(thread)
 
-    def watch(self, model: Any) -> None:
-        """Guard the calls of a model, until `unwatch`."""
+    def watch(self, model: Any, turns: AbstractContextManager[Any]) -> None:
+        """Guard the calls of a model, until `unwatch`.
+
+        Args:
+            model: A transformers model.
+            turns: Held in every call.
+        """
         forward = model.forward
 
         @functools.wraps(forward)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            with self.within("while the model ran"):
+            with self.within("while the model ran"), turns:
                 return forward(*args, **kwargs)
 
         model.forward = guarded
