@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from foreload.config import (
     EngineConfig,
@@ -152,15 +154,22 @@ class TestEngineConfig:
             ("trace.jsonl", "trace.jsonl"),
             (Path("a", "trace.jsonl"), "a/trace.jsonl"),
             ([4, 5], (4, 5)),
+            (np.array([4, 5]), (4, 5)),
+            (torch.tensor([4, 5]), (4, 5)),
+            (list(np.array([4, 5])), (4, 5)),
         ):
             asked = EngineConfig(orchestration="device", slot_plan=plan)  # type: ignore[arg-type]
             assert asked.slot_plan == kept
+            assert all(type(number) in (int, str) for number in asked.slot_plan)
             assert EngineConfig.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
         for other in ({"orchestration": "host"}, {"eviction": "lfu"}):
             with pytest.raises(ConfigError, match="shared by all layers"):
                 EngineConfig(slot_plan=(4, 5), **other)
 
-    @pytest.mark.parametrize("plan", ["", (), [], (4, 0), (4, 1.5), (True, 4), None, 7])
+    @pytest.mark.parametrize(
+        "plan",
+        ["", (), [], (4, 0), (4, 1.5), (True, 4), ("8",), None, 7, np.array([8.0]), np.array(8)],
+    )
     def test_what_is_no_slot_plan_is_refused(self, plan: Any) -> None:
         with pytest.raises(ConfigError, match="slot_plan"):
             EngineConfig(orchestration="device", slot_plan=plan)

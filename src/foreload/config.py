@@ -9,12 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
 from foreload.errors import ConfigError
 
-__all__ = ["EngineConfig", "SamplingConfig", "check_whole", "format_bytes", "parse_size"]
+__all__ = [
+    "EngineConfig",
+    "SamplingConfig",
+    "check_whole",
+    "format_bytes",
+    "parse_size",
+    "read_slots",
+]
 
 _UNITS = {
     "": 1,
@@ -226,18 +234,11 @@ class EngineConfig:
 
     def _check_slot_plan(self) -> None:
         plan = self.slot_plan
-        if isinstance(plan, list):
-            object.__setattr__(self, "slot_plan", tuple(plan))
-        if isinstance(plan, Path):
-            plan = str(plan)
-            object.__setattr__(self, "slot_plan", plan)
-        numbers = plan if isinstance(plan, list | tuple) else ()
-        is_whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
-        if not plan or not isinstance(plan, str | list | tuple) or not is_whole:
-            raise ConfigError(
-                f"slot_plan={plan!r} is unknown",
-                hint="use 'equal', the path of a trace, or the slots of each MoE layer",
-            )
+        is_path = isinstance(plan, str | Path) and bool(str(plan))
+        slots = str(plan) if is_path else read_slots(plan)
+        if not isinstance(slots, str) and min(slots) < 1:
+            raise _no_slot_plan(plan)
+        object.__setattr__(self, "slot_plan", slots)
 
     def _check_orchestration(self) -> None:
         obstacle = self.host_only
@@ -348,6 +349,28 @@ def _check_size(size: str | int, *, setting: str) -> None:
             f"{setting}={size!r} stands for {num_bytes} bytes, because it has no unit",
             hint=f'write "{num_bytes}%" for a share of all experts, or a unit: "{num_bytes}GiB"',
         )
+
+
+def read_slots(plan: Any) -> tuple[int, ...]:
+    """Give the slots of each MoE layer, from numbers in a sequence, an array or a tensor.
+
+    Raises:
+        ConfigError: They are no whole numbers, or none.
+    """
+    values = plan.tolist() if hasattr(plan, "tolist") else plan
+    is_row = isinstance(values, list | tuple) and len(values) > 0
+    if not is_row or any(
+        not isinstance(number, Integral) or isinstance(number, bool) for number in values
+    ):
+        raise _no_slot_plan(plan)
+    return tuple(int(number) for number in values)
+
+
+def _no_slot_plan(plan: Any) -> ConfigError:
+    return ConfigError(
+        f"slot_plan={plan!r} is unknown",
+        hint="use 'equal', the path of a trace, or the slots of each MoE layer",
+    )
 
 
 def _whole_number(value: str | int) -> str | int:

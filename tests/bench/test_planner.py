@@ -79,6 +79,12 @@ class TestPredictions:
         assert arm.best_tpot_s < arm.tpot_s
         assert arm.wire_s == pytest.approx(4 * 2 * 0.5 * 1e-3)
 
+    def test_guesses_that_cost_more_than_they_hide_are_no_best(self) -> None:
+        slow = replace(RATES, prediction_s=1.0)
+        arm = predict_range(WORK, slow, 32)
+        assert prefetched_s(WORK, slow, 0.5) > arm.tpot_s
+        assert arm.best_tpot_s == arm.tpot_s
+
     def test_where_all_fits_nothing_is_left_to_guess(self) -> None:
         for arm in (predict_range(WORK, RATES, 64), *predict_arms(WORK, RATES, make_trace(), 64)):
             assert arm.arm == "all-resident"

@@ -10,7 +10,7 @@ import pytest
 from fakes import write_random_vectors
 from foreload.bench import suite
 from foreload.bench.suite import ENGINE_ARMS, ENGINE_SUITE, SuiteOptions, run_suite
-from foreload.errors import ConfigError
+from foreload.errors import CapacityError, ConfigError
 from foreload.model.hf import load_model
 from foreload.resolution import default_cache_dir
 
@@ -162,6 +162,39 @@ def test_a_text_that_cannot_be_read_is_named(options: Any, tmp_path: Path) -> No
     (tmp_path / "text.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ConfigError, match=r"cannot read the text .*text\.txt"):
         run_suite(options(with_stock=False))
+
+
+def test_what_was_measured_outlives_an_interruption(
+    options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "new" / "out"
+    run_arm = suite.run_engine_arm
+    ran: list[str] = []
+
+    def interrupted(loaded: Any, arm: Any, *given: Any, **settings: Any) -> Any:
+        ran.append(arm.name)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return run_arm(loaded, arm, *given, **settings)
+
+    monkeypatch.setattr(suite, "run_engine_arm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(options(with_stock=False, arms=("lru", "history"), output=output))
+    lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert [line["arm"] for line in lines if "arm" in line] == ["all-resident", "lru"]
+    assert json.loads((output / "config.json").read_text())["arms"] == ["lru", "history"]
+    assert (output / "machine.json").is_file()
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(
+    options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "run_engine_arm", lambda *given, **settings: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match="cannot write to"):
+        run_suite(options(with_stock=False, output=tmp_path / "file" / "out"))
+    with pytest.raises(CapacityError, match="expert_memory"):
+        run_suite(options(with_stock=False, budgets=(0.5, 0.0001)))
 
 
 def test_contexts_share_the_tokens_that_are_decoded(options: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -148,3 +149,44 @@ def test_log_level_comes_from_the_environment(call: Callable[..., Any], checkpoi
     result = call(*words, env={"FORELOAD_LOG": "loud"})
     assert result.exit_code == 1
     assert "FORELOAD_LOG='loud'" in result.stderr
+
+
+def run_command(words: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+    script = "from foreload.cli import main; main()"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    return subprocess.run(
+        [sys.executable, "-c", script, *words],
+        text=True,
+        check=False,
+        env=environment,
+        **settings,
+    )
+
+
+def test_an_answer_outlives_notes_that_cannot_be_written(checkpoint: Path) -> None:
+    words = ["generate", str(checkpoint), "-p", "the", "--max-new-tokens", "2", "--device", "cpu"]
+    with open("/dev/full", "w") as full:
+        done = run_command(words, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == 0
+    assert done.stdout.strip()
+
+
+def test_help_that_cannot_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = run_command(["--help"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "No space left" in done.stderr
+
+
+def test_bytes_that_are_no_text_are_told_in_any_locale(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with (tmp_path / "bytes").open() as given:
+        done = run_command(
+            ["generate", str(checkpoint)],
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode in (1, 2)
+    assert "not UTF-8 text" in done.stderr

@@ -47,6 +47,17 @@ def test_random(call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Mo
     assert len(generated.stdout.split()) == 3
 
 
+def test_what_a_killed_run_left_is_named(
+    call: Callable[..., Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / ".wide.1234abcd.partial"
+    left.mkdir()
+    words = ("make-model", "widen", checkpoint, "--factor", "2")
+    assert f"{left} is of a run that was killed" in call(*words, tmp_path / "wide").stderr
+    assert left.is_dir(), "another one may still be writing"
+    assert ".partial" not in call(*words, tmp_path / "other").stderr
+
+
 def test_errors_leave_nothing(call: Callable[..., Any], checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     for words in (["random", "gpt-9"], ["widen", checkpoint, "--factor", "3"]):

@@ -75,6 +75,8 @@ def test_a_budget_that_nothing_runs_in_is_left_out_and_named(
         ("--memory", "4GB/s"),
         ("--budgets", "150"),
         ("--layer-overhead", "-1"),
+        ("--layer-overhead", "inf"),
+        ("--layer-overhead", "nan"),
         ("--trace", "nowhere.jsonl"),
     ],
 )

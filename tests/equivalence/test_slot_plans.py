@@ -70,6 +70,27 @@ def test_texts_are_those_of_equal_slots(family: str, predictor: str, tmp_path: P
     assert found == wanted
 
 
+@pytest.mark.parametrize("plan", [[8.0] * 4, [True] * 4, ["8"] * 4, 5, None, [8] * 3])
+def test_a_plan_that_is_none_changes_nothing(tiny_checkpoint: Path, plan: Any) -> None:
+    with open_device(tiny_checkpoint) as engine:
+        before = engine.slots_per_layer, engine.num_slots, engine.config
+        wanted = text_of(engine)
+        with pytest.raises(ConfigError, match="slot_plan"):
+            engine.replan_slots(plan)
+        assert (engine.slots_per_layer, engine.num_slots, engine.config) == before
+        assert text_of(engine) == wanted
+
+
+def test_a_plan_may_be_an_array(tiny_checkpoint: Path) -> None:
+    with open_device(tiny_checkpoint) as engine:
+        wanted = text_of(engine)
+        number = engine.slots_per_layer[0]
+        engine.replan_slots(torch.tensor([number] * len(engine.slots_per_layer)))
+        assert engine.slots_per_layer == engine.config.slot_plan
+        assert {type(each) for each in engine.slots_per_layer} == {int}
+        assert text_of(engine) == wanted
+
+
 def test_a_trace_plans_the_slots(tiny_checkpoint: Path, trace_path: Path) -> None:
     trace = read_trace(trace_path)
     with open_device(tiny_checkpoint, slot_plan=str(trace_path)) as engine:

@@ -272,12 +272,14 @@ def predict_range(work: DecodeWork, rates: MachineRates, num_slots: int) -> Plan
         num_slots: Slots of the cache.
     """
     share = work.share_that_fits(num_slots)
+    cached = cached_s(work, rates, share)
     return PlannedArm(
         arm="cache" if share < 1 else "all-resident",
         budget=share,
         num_slots=num_slots,
-        tpot_s=cached_s(work, rates, share),
-        best_tpot_s=cached_s(work, rates, 1.0) if share == 1 else prefetched_s(work, rates, share),
+        tpot_s=cached,
+        # Guessing may cost more than it hides.
+        best_tpot_s=cached if share == 1 else min(cached, prefetched_s(work, rates, share)),
         hit_rate=share,
         wire_s=wire_s(work, rates, share),
     )

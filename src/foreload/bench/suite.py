@@ -179,12 +179,21 @@ def run_suite(
 
     Raises:
         ConfigError: An unknown arm, one that lacks what it needs, too short a text, or a context
-            that the model was not made for.
+            that the model was not made for, no room for a layer's experts in a budget, or an
+            output folder that cannot be made. What was measured before anything else breaks, or
+            before an interruption, is written.
     """
     choose_arms(suite.arms, options.arms)
+    if options.output is not None:
+        _make_folder(options.output)
     run = _SuiteRun(suite, options, progress)
-    for trial, workload in enumerate(run.workloads):
-        run.run_trial(trial, workload)
+    try:
+        for trial, workload in enumerate(run.workloads):
+            run.run_trial(trial, workload)
+    except BaseException:
+        if options.output is not None and run.result.samples:
+            run.write_samples(options.output)
+        raise
     result = run.result
     result.summary = suite.summarise(result.machine, result.samples, result.limits)
     for name, reason in result.left_out.items():
@@ -216,6 +225,7 @@ class _SuiteRun:
         self.result = SuiteResult(machine=describe_machine(self._loaded, options.model))
         self.result.machine["link_bytes_s"] = options.link_bytes_s
         self._check_contexts()
+        self._check_budgets()
         self.arms = self._available_arms()
         self._stock = _load_stock(directory, self._loaded) if options.with_stock else None
         tokenizer = load_tokenizer(directory)
@@ -241,8 +251,13 @@ class _SuiteRun:
             self._run_context(trial, workload.shortened(context), arms)
 
     def write(self, output: Path) -> None:
-        """Write what was measured, and draw the figures."""
-        output.mkdir(parents=True, exist_ok=True)
+        """Write what was measured and what it comes to, and draw the figures."""
+        self.write_samples(output)
+        (output / "summary.md").write_text(self.result.summary)
+        self._suite.plot(self.result.samples, self.result.limits, output)
+
+    def write_samples(self, output: Path) -> None:
+        """Write what was measured."""
         result, options = self.result, self._options
         (output / "machine.json").write_text(json.dumps(result.machine, indent=1) + "\n")
         config = {
@@ -258,8 +273,6 @@ class _SuiteRun:
         lines = [json.dumps(sample.to_dict()) for sample in result.samples]
         lines += [json.dumps({"limits": asdict(limits)}) for limits in result.limits]
         (output / "samples.jsonl").write_text("\n".join(lines) + "\n")
-        (output / "summary.md").write_text(result.summary)
-        self._suite.plot(result.samples, result.limits, output)
 
     def _run_context(self, trial: int, workload: Workload, arms: Sequence[Arm]) -> None:
         reference = self._run_stock(trial, workload)
@@ -342,7 +355,6 @@ class _SuiteRun:
             sample.quality = {}
         self.result.samples.append(sample)
         if drawn and sample.is_equal and output is not None:
-            output.mkdir(parents=True, exist_ok=True)
             name = f"timeline-{arm.name}-{budget * 100:.0f}.png"
             title = f"{label_arm(arm.name, [sample])}, {budget:.0%}"
             plot_timeline(timeline, sample.step_s, output / name, title=title)
@@ -422,10 +434,26 @@ class _SuiteRun:
                 hint="give shorter contexts, or time a model with random weights",
             )
 
+    def _check_budgets(self) -> None:
+        """Refuse budgets that no engine could be opened with."""
+        for budget in self._budgets:
+            memory = f"{budget * 100:g}%"
+            asked = EngineConfig(expert_memory=memory, predictor="none", orchestration="host")
+            resolve(asked, self._loaded)
+
     def _tell(self, what: str) -> None:
         if self._progress is not None:
             self._progress(what, self._done, self._total)
         self._done += 1
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {path}: {error}", hint="give a folder that can be written to"
+        ) from error
 
 
 def choose_arms(arms: Sequence[Arm], names: Sequence[str] | None) -> list[Arm]:

@@ -76,4 +76,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    app()
+    if hasattr(sys.stdin, "reconfigure"):
+        # Some locales would take any byte for half of a character.
+        sys.stdin.reconfigure(errors="strict")
+    try:
+        app()
+    except OSError as error:
+        # Help, or what is wrong with an option, that cannot be written.
+        sys.exit(f"error: {error}")

@@ -55,7 +55,7 @@ LinkOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(help="Threads that compute.", show_default="torch's choice", min=1),
+    typer.Option(help="Threads that compute.", show_default="torch's choice", min=1, max=1024),
 ]
 
 

@@ -117,3 +117,7 @@ def _finish(terminal: Terminal, directory: Path, made: dict[str, Any]) -> None:
     if not terminal.is_json:
         terminal.write(f"{directory}\n")
     terminal.note(f"{format_bytes(num_bytes)}; see it with `foreload inspect {directory}`")
+    from foreload.memory.writer import find_unfinished
+
+    for left in find_unfinished(directory):
+        terminal.note(f"{left} is of a run that was killed, or is still writing: remove it if none")

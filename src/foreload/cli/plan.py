@@ -59,7 +59,7 @@ BandwidthOption = Annotated[
 MemoryOption = Annotated[
     str | None,
     typer.Option(
-        help="Memory the model may take.",
+        help="Memory that is free; 1 GiB of it is left to the machine.",
         metavar="SIZE",
         show_default="what is free",
         rich_help_panel=_MACHINE,
@@ -72,6 +72,7 @@ LayerOption = Annotated[
         metavar="MS",
         show_default="measured",
         min=0.0,
+        max=1e6,
         rich_help_panel=_MACHINE,
     ),
 ]

@@ -40,10 +40,17 @@ class _Results(Console):
 
 
 class _Notes(Console):
-    """Prints what stands beside results, as long as somebody reads it."""
+    """Prints what stands beside results, as long as it can be written."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print as ever; results are worth more than what a full disk keeps from standing here."""
+        try:
+            super().print(*objects, **settings)
+        except OSError:
+            self.quiet = True
 
 
 def _console(kind: type[Console], **settings: Any) -> Console:
@@ -87,7 +94,7 @@ class Terminal:
         """Print the JSON object to stdout, if it was asked for."""
         if self.is_json:
             with _to_stdout():
-                sys.stdout.write(json.dumps(values) + "\n")
+                sys.stdout.write(json.dumps(values, allow_nan=False) + "\n")
 
     def require_stdout(self) -> None:
         """Check that results can go somewhere.

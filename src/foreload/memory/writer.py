@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import TracebackType
 
-__all__ = ["SafetensorsStreamWriter", "remove_unfinished"]
+__all__ = ["SafetensorsStreamWriter", "find_unfinished", "remove_unfinished"]
 
 # Direct reads want whole pages: data that starts on a page lets tensors of whole pages do so too.
 DATA_ALIGNMENT = 4096
@@ -324,9 +324,14 @@ class SafetensorsStreamWriter:
         )
 
 
+def find_unfinished(output_dir: Path) -> list[Path]:
+    """Find the folders of writers of `output_dir` that are at work, or were killed."""
+    return sorted(output_dir.parent.glob(f".{output_dir.name}.*.partial"))
+
+
 def remove_unfinished(output_dir: Path) -> None:
     """Remove what writers of `output_dir` left that were killed; no other may be at work."""
-    for left in output_dir.parent.glob(f".{output_dir.name}.*.partial"):
+    for left in find_unfinished(output_dir):
         shutil.rmtree(left, ignore_errors=True)
 
 

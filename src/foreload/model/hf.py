@@ -388,6 +388,6 @@ def load_tokenizer(directory: str | Path) -> Any | None:
         )
     except Exception as error:
         raise CheckpointError(
-            f"{folder}: its tokenizer cannot be loaded: {error}",
+            f"{folder}: its tokenizer cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
             hint="download the tokenizer files again; a tokenizer with its own code is not run",
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from foreload.config import read_slots
 from foreload.errors import ConfigError
 from foreload.trace.layer_slots import check_trace, plan_from_trace
 from foreload.trace.read import read_trace
@@ -39,8 +40,9 @@ def divide_slots(plan: SlotPlan, num_slots: int, spec: ModelSpec) -> tuple[int, 
     if isinstance(plan, str) and plan == "equal":
         return (min(num_slots // num_layers, spec.num_experts),) * num_layers
     if not isinstance(plan, str | Path | RoutingTrace):
-        _check_slots(plan, num_slots, spec)
-        return tuple(plan)
+        slots = read_slots(plan)
+        _check_slots(slots, num_slots, spec)
+        return slots
     trace = plan if isinstance(plan, RoutingTrace) else read_trace(plan)
     check_trace(trace, spec)
     # Below a token's own experts the curves of a trace say nothing.

@@ -51,7 +51,7 @@ class TraceWriter:
         # Through links: what they lead to is written, and they stay.
         self._path = path = path.resolve()
         if path.exists() and not path.is_file():
-            raise TraceError(f"cannot write {path}: it is no file", hint="choose another --output")
+            raise TraceError(f"cannot write {path}: it is no file", hint="choose another output")
         self._part = path.with_name(path.name + ".part")
         self._num_steps = 0
         self._num_visits = 0
@@ -113,7 +113,7 @@ class TraceWriter:
             raise self._error(error) from error
 
     def _error(self, error: OSError) -> TraceError:
-        return TraceError(f"cannot write {self._path}: {error}", hint="choose another --output")
+        return TraceError(f"cannot write {self._path}: {error}", hint="choose another output")
 
 
 def read_own_format(lines: TraceLines, first: str) -> RoutingTrace:
