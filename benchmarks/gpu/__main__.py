@@ -140,13 +140,14 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def run_stage(stage: str, settings: Settings) -> bool:
     """Runs a stage, keeps every row at once, and tells whether all were fine."""
-    result: Row = {**describe_run(), "asked": settings.to_dict(), "rows": []}
     begun = time.perf_counter()
-    settings = dataclasses.replace(settings, ends_at_s=begun + settings.limit_s)
     path, number = settings.output / f"{stage}.json", 1
     while path.exists():
         number += 1
         path = settings.output / f"{stage}-{number}.json"
+    ends_at_s = begun + settings.limit_s
+    settings = dataclasses.replace(settings, stem=path.stem, ends_at_s=ends_at_s)
+    result: Row = {**describe_run(), "asked": settings.to_dict(), "rows": []}
 
     def keep(*rows: Row) -> None:
         result["rows"] += rows

@@ -29,7 +29,7 @@ def profile(settings: Settings) -> Iterator[Row]:
             activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
             with profiling(activities=activities) as found:
                 stats = engine.generate(PROMPT, max_new_tokens=settings.num_warm).stats
-            found.export_chrome_trace(str(settings.output / "profile.trace.json.gz"))
+            found.export_chrome_trace(str(settings.output / f"{settings.stem}.trace.json.gz"))
             table = found.key_averages().table(sort_by="device_time_total", row_limit=30)
         return {"tpot_s": stats.tpot_s, "table": table.splitlines()}
 

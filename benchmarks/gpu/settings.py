@@ -52,6 +52,8 @@ class Settings:
     num_training_tokens: int = 18_000
     plan_share: float = 30
     link_bytes: int = 1 << 28
+    # The name of a stage's files, without what they end in.
+    stem: str = ""
     # Seconds after which a stage begins no other run of an arm, and the clock's time when they end.
     limit_s: float = 540
     ends_at_s: float = math.inf
@@ -64,4 +66,6 @@ class Settings:
         """Gives the fields for a file."""
         told = dataclasses.asdict(self)
         del told["ends_at_s"]
-        return told | {name: str(told[name]) for name in ("output", "trace", "build")}
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in told.items()
+        }

@@ -242,7 +242,7 @@ def slot_plan(settings: Settings) -> Iterator[Row]:
     # The same slots for both: equal ones are rounded down.
     number = int(shares_of(model, (settings.plan_share,))[0] / 100 * spec.num_experts)
     share = 100 * number / spec.num_experts + 1e-6
-    trace = settings.output / "slot_plan.trace.jsonl.gz"
+    trace = settings.output / f"{settings.stem}.trace.jsonl.gz"
     text = (resolve_model("demo") / "calibration.txt").read_text()
 
     def record() -> Row:

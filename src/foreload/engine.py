@@ -166,7 +166,7 @@ class Engine:
                         link=link,
                         draft_progress=draft_progress,
                     )
-            turns = nullcontext() if self._device is None else self._device.runtime.turns
+            turns = None if self._device is None else self._device.runtime.turns
             self._guard.watch(self.model, turns)
         except BaseException:
             self.close()

@@ -10,6 +10,7 @@ import torch
 
 import zoo
 from fakes import make_engine
+from foreload.errors import CapacityError
 from foreload.ops.device_experts import TwinKernels
 from pretend_cuda import Graph, pretend_cuda
 
@@ -116,3 +117,63 @@ def test_forwards_and_replays_take_turns(model: Path, monkeypatch: pytest.Monkey
     assert all(in_forward)
     assert all(in_replay)
     assert not any(between), "another request may go on meanwhile"
+
+
+def test_a_prefetch_that_nobody_joined_is_waited_for_by_the_next_turn(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off between two layers: a replay has no joins but those it was captured with."""
+    with (
+        pretend_cuda(monkeypatch),
+        make_engine(
+            model, device="cuda", expert_memory="50%", predictor="lookahead", **DEVICE
+        ) as engine,
+    ):
+        path = engine._device
+        assert path is not None
+        runtime = path.runtime
+        second = engine.model.model.layers[1]
+
+        def run_out(*given: Any) -> None:
+            assert runtime._open, "the second layer's guess is on its way"
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        hook = second.register_forward_pre_hook(run_out)
+        joined: list[Any] = []
+        join = runtime._side.join
+        monkeypatch.setattr(
+            runtime._side, "join", lambda mark: (joined.append(mark), join(mark))[1]
+        )
+        with pytest.raises(CapacityError):
+            engine.forward(torch.tensor([[3]]), engine.make_cache())
+        hook.remove()
+        assert not runtime._open
+        assert joined
+        assert (path._experts.tables.slot_of >= 0).any(), "no layer was broken off in the middle"
+
+
+def test_a_request_that_is_interrupted_while_it_waits_leaves_nothing_lent(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**DEVICE, "device": "cpu", "expert_memory": "100%"}
+    with make_engine(model, **settings) as engine:
+        path = engine._device
+        assert path is not None
+        steps = path._steps
+        assert steps is not None
+
+        def interrupt() -> Any:
+            raise KeyboardInterrupt
+
+        def request() -> None:
+            with path.lend_step(20):
+                assert len(steps._lent) == 1
+                # As a wait for another thread's forward would be.
+                monkeypatch.setattr(steps._turns, "taken", interrupt)
+
+        with pytest.raises(KeyboardInterrupt):
+            request()
+        monkeypatch.undo()
+        assert not steps._lent
+        assert path._num_requests == 0
+        engine.replan_slots("equal")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import threading
 from contextlib import contextmanager
@@ -238,35 +239,89 @@ class TestCopyStreams:
         assert log == [("idle", device)]
 
 
+def is_free(turns: cuda.Turns) -> bool:
+    """Tell whether another thread would get a turn."""
+    found: list[bool] = []
+
+    def ask() -> None:
+        found.append(turns._lock.acquire(blocking=False))
+        if found[0]:
+            turns._lock.release()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 class TestTurns:
     def test_a_thread_may_enter_again_and_others_wait(self) -> None:
         ended: list[str] = []
-        turns = cuda.Turns(torch.device("cpu"), at_end=lambda: ended.append("ended"))
+        turns = cuda.Turns(torch.device("cpu"), tidy=lambda: ended.append("ended"))
         order: list[str] = []
 
         def other() -> None:
-            with turns:
+            with turns.taken():
                 order.append("other")
 
-        with turns:
+        with turns.taken():
             thread = threading.Thread(target=other)
             thread.start()
-            with turns:
+            with turns.taken():
                 order.append("inside")
-            assert not ended
+            assert ended == ["ended"]
             order.append("outside")
         thread.join()
         assert order == ["inside", "outside", "other"]
-        assert ended == ["ended"] * 2
+        assert ended == ["ended"] * 4, "when a turn begins, and when it ends"
 
     def test_a_turn_that_breaks_off_ends_too(self) -> None:
         ended: list[str] = []
-        turns = cuda.Turns(torch.device("cpu"), at_end=lambda: ended.append("ended"))
-        with pytest.raises(KeyboardInterrupt), turns, turns:
+        turns = cuda.Turns(torch.device("cpu"), tidy=lambda: ended.append("ended"))
+        with pytest.raises(KeyboardInterrupt), turns.taken(), turns.taken():
             raise KeyboardInterrupt
-        assert ended == ["ended"]
-        with turns:
+        assert ended == ["ended"] * 2
+        with turns.taken():
             pass
+
+    def test_an_end_that_breaks_off_is_made_up_for_before_the_next_turn(self) -> None:
+        log: list[str] = []
+
+        def tidy() -> None:
+            log.append("tidy")
+            if len(log) == 2:
+                raise KeyboardInterrupt
+
+        turns = cuda.Turns(torch.device("cpu"), tidy=tidy)
+        with pytest.raises(KeyboardInterrupt), turns.taken():
+            pass
+        with turns.taken():
+            log.append("next")
+        assert log == ["tidy", "tidy", "tidy", "next", "tidy"]
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_what_breaks_off_where_a_turn_begins_or_ends_leaves_no_lock(self, number: int) -> None:
+        called = []
+
+        def tidy() -> None:
+            called.append(None)
+            if len(called) == number:
+                raise KeyboardInterrupt
+
+        turns = cuda.Turns(torch.device("cpu"), tidy=tidy)
+        with pytest.raises(KeyboardInterrupt), turns.taken():
+            pass
+        assert is_free(turns)
+
+    def test_a_turn_that_nobody_ends_lets_go_of_the_lock(self) -> None:
+        """As where an interruption falls between its beginning and the block's."""
+        turns = cuda.Turns(torch.device("cpu"))
+        turn = turns.taken()
+        turn.__enter__()
+        assert not is_free(turns)
+        del turn
+        gc.collect()
+        assert is_free(turns)
 
     def test_on_another_stream_a_turn_is_behind_the_last(
         self, monkeypatch: pytest.MonkeyPatch
@@ -284,7 +339,7 @@ class TestTurns:
         turns = cuda.Turns(torch.device("cuda", 0))
         for stream in (one, one, two, two, one):
             monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=stream: now)
-            with turns, turns:
+            with turns.taken(), turns.taken():
                 pass
         assert log == [("two", "one"), ("one", "two")]
 

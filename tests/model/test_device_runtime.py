@@ -163,19 +163,23 @@ def test_the_likeliest_of_the_named_is_there_when_its_layer_comes(num_slots: int
         setup.run(layer, ids((6, 7)), residual=False)
     setup.runtime.count()
     before = setup.metrics.snapshot()
-    setup.run(0, ids((0, 1)))
-    assert set(setup.runtime._open) == {1}
-    setup.run(1, ids((1, 2)))
-    assert set(setup.runtime._open) == {2}
+    with setup.runtime.turns.taken():
+        setup.run(0, ids((0, 1)))
+        assert set(setup.runtime._open) == {1}
+        setup.run(1, ids((1, 2)))
+        assert set(setup.runtime._open) == {2}
+    assert not setup.runtime._open, "what nobody has waited for is behind the turn"
     setup.runtime.count()
     metrics = setup.metrics.since(before)
     assert (metrics.num_hits, metrics.num_misses) == (1, 3)
     # Layer 2 has been prefetched for, and not been reached.
     assert (metrics.num_prefetched, metrics.num_prefetched_used, metrics.wasted_bytes) == (2, 1, 0)
-    setup.runtime.abandon()
-    assert not setup.runtime._open
-    setup.run(2, ids((5, 6)))
-    assert not setup.runtime._open, "behind the last layer there is none"
+    with setup.runtime.turns.taken():
+        setup.run(0, ids((0, 1)))
+        setup.runtime.abandon()
+        assert not setup.runtime._open
+        setup.run(2, ids((5, 6)))
+        assert not setup.runtime._open, "behind the last layer there is none"
 
 
 def test_the_likeliest_is_brought_where_a_router_does_not_sort() -> None:
@@ -192,11 +196,12 @@ def test_predictors_are_told_of_everything_that_was_seen() -> None:
     setup.run(0, ids((0, 1)), residual=False)
     assert not guesser.told
     forwards = [(0, 1), (0, 2), (LAYERS - 1, 1), (0, MAX_TOKENS + 1)]
-    for layer, num_tokens in forwards:
-        setup.run(layer, ids(*[(0, 1)] * num_tokens))
+    with setup.runtime.turns.taken():
+        for layer, num_tokens in forwards:
+            setup.run(layer, ids(*[(0, 1)] * num_tokens))
+        assert set(setup.runtime._open) == {1}, "for one token, and where there is a next layer"
     assert [(event.layer, len(event.top_k_index)) for event in guesser.told] == forwards
     assert not setup.runtime._residuals
-    assert set(setup.runtime._open) == {1}, "for one token, and where there is a next layer"
     setup.runtime.count()
     assert not setup.metrics.num_prefetched, "nothing was guessed"
 

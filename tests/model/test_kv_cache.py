@@ -177,6 +177,11 @@ def test_no_room_is_kept_beyond_the_most_tokens() -> None:
         assert layer._key_buffer.shape[-2] <= max(room, 512)
     beyond, _ = layer.update(torch.zeros(1, 1, 2000, 4), torch.zeros(1, 1, 2000, 4))
     assert beyond.shape[-2] > most, "what is there is never cut off"
+    buffers = set()
+    for _ in range(300):
+        keys, _ = layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+        buffers.add(keys.data_ptr())
+    assert len(buffers) < 4, "nor copied for every token"
 
 
 def test_low_precision_is_kept() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from foreload.errors import CapacityError
+from foreload.memory.cuda import Turns
 from foreload.model.memory_guard import MemoryGuard
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def test_other_errors_pass() -> None:
 def test_a_watched_model_tells_and_is_given_back() -> None:
     model = SimpleNamespace(forward=run_out)
     guard = MemoryGuard(CPU)
-    turns = threading.Lock()
+    turns = Turns(CPU)
     guard.watch(model, turns)
     with pytest.raises(CapacityError, match="while the model ran"):
         model.forward()
-    assert not turns.locked()
+    assert not turns._lock._is_owned()  # type: ignore[attr-defined]
     guard.unwatch(model)
     guard.unwatch(model)
     assert "forward" not in vars(model)

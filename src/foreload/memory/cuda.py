@@ -237,41 +237,43 @@ class SideStream:
 class Turns:
     """One thread's work on a device at a time, behind all that was asked for in the turns before.
 
-    A context that may be entered again inside. Threads may have streams of their own.
+    Threads may have streams of their own.
 
     Args:
         device: Where the work is done.
-        at_end: Called when a turn ends, however it does, before the next one begins.
+        tidy: Called when a turn begins and when it ends, however it does.
     """
 
-    def __init__(self, device: torch.device, at_end: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, device: torch.device, tidy: Callable[[], None] = lambda: None) -> None:
         self._device = device
-        self._at_end = at_end
+        self._tidy = tidy
         self._lock = threading.RLock()
-        self._depth = 0
         self._last: torch.cuda.Stream | None = None
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            if self._depth == 0 and self._last is not None:
+    # Where an interruption falls, a generator that is not run to its end lets go of the lock; an
+    # object with methods to enter and leave by may keep it.
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for a turn, and have it inside the block; those inside one are a part of it."""
+        is_inside = self._lock._is_owned()  # type: ignore[attr-defined]
+        with self._lock:
+            if is_inside:
+                yield
+                return
+            # What the turn before has left, where its own end was interrupted.
+            self._tidy()
+            if self._last is not None:
                 current = torch.cuda.current_stream(self._device)
                 if current != self._last:
                     current.wait_stream(self._last)
-        except BaseException:
-            self._lock.release()
-            raise
-        self._depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            if self._depth == 1:
-                self._at_end()
-                if self._device.type == "cuda":
-                    self._last = torch.cuda.current_stream(self._device)
-        finally:
-            self._depth -= 1
-            self._lock.release()
+            try:
+                yield
+            finally:
+                try:
+                    self._tidy()
+                finally:
+                    if self._device.type == "cuda":
+                        self._last = torch.cuda.current_stream(self._device)
 
 
 def leave_capture(device: torch.device, pool: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -131,6 +132,8 @@ class DevicePath:
         size = block_bytes(layouts)
         self._spec = spec
         self._device = device
+        # A lock of its own: a request that ends waits for nobody's forward.
+        self._counting = threading.Lock()
         self._num_requests = 0
         self._steps: StepGraphs | None = None
         self.drafter: DeviceSelfDraft | None = None
@@ -215,13 +218,13 @@ class DevicePath:
     @contextmanager
     def lend_step(self, num_positions: int) -> Iterator[StepGraph | None]:
         """Lend a step with an empty KV cache for so many tokens; None where there can be none."""
-        with self.runtime.turns:
+        with self._counting:
             self._num_requests += 1
         try:
             with nullcontext() if self._steps is None else self._steps.lend(num_positions) as step:
                 yield step
         finally:
-            with self.runtime.turns:
+            with self._counting:
                 self._num_requests -= 1
 
     def divide_slots(self, plan: SlotPlan) -> None:
@@ -236,7 +239,8 @@ class DevicePath:
             TraceError: A trace cannot be read.
         """
         slots = divide_slots(plan, self._num_slots, self._spec)
-        with self.runtime.turns:
+        # Whoever begins a request meanwhile waits for the turn to be lent a step.
+        with self.runtime.turns.taken():
             if self._num_requests:
                 raise ForeloadError(
                     "slots cannot be divided anew while a request is running",
@@ -252,7 +256,7 @@ class DevicePath:
         if self._steps is not None:
             self._steps.release()
         # Between two forwards of whoever is still running.
-        with self.runtime.turns:
+        with self.runtime.turns.taken():
             self.held.close()
 
     def _make_drafter(

@@ -85,8 +85,9 @@ class DeviceRuntime:
         predictor: Guesses the next layer's routing, or None.
 
     Attributes:
-        turns: Held in every forward, and where a captured one is launched: what another left in the
-            slots between two layers would be overwritten, or read where it is no longer.
+        turns: Taken for every whole forward, and where a captured one is launched: what another did
+            to the slots between two layers would be overwritten, or read where it is no longer.
+            A guess is waited for where its turn ends, if its layer has not come.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class DeviceRuntime:
         policy: DevicePolicy,
         predictor: TensorPredictor | None = None,
     ) -> None:
-        self.turns = Turns(device, at_end=self._mend)
+        self.turns = Turns(device, tidy=self._mend)
         self._is_broken = False
         self._experts = experts
         self._prefill = prefill
@@ -186,7 +187,7 @@ class DeviceRuntime:
             No host sync, with kernels; for more tokens than a step may have one.
         """
         routing = Routing(top_k_index, top_k_weights)
-        with self.turns, self._changing(), on_device(hidden_states.device):
+        with self.turns.taken(), self._changing(), on_device(hidden_states.device):
             draft = self._drafting.get(threading.get_ident())
             if draft is not None:
                 self._prefetch_noted(layer, draft.note(layer, top_k_index))
@@ -221,7 +222,7 @@ class DeviceRuntime:
         Args:
             slots: Slots of each layer, no more in all than there are.
         """
-        with self.turns, self._changing():
+        with self.turns.taken(), self._changing():
             wait_idle(self._policy.pairs.device)
             self.abandon()
             # Guesses that nobody has wanted so far leave unused.
@@ -233,7 +234,7 @@ class DeviceRuntime:
 
     def count(self) -> None:
         """Bring the metrics up to date with what the device has counted; waits for the device."""
-        with self.turns:
+        with self.turns.taken():
             tables = self._experts.tables
             # One copy: with a draft this is asked for in every round.
             counted = tables.counters.sum(0)
@@ -264,11 +265,14 @@ class DeviceRuntime:
             raise
 
     def _mend(self) -> None:
-        """Empty the slots, in place, once a forward was broken off in the middle of a layer.
+        """Put right what a forward that was broken off has left.
 
-        An expert is given its slot before it is brought there, and what lies between may take
-        memory, compile a kernel, or be interrupted. Captured steps stay valid.
+        A prefetch between two layers is waited for by whatever comes next. An expert is given its
+        slot before it is brought there, and what lies between may take memory, compile a kernel, or
+        be interrupted: then the slots are emptied, in place. Captured steps stay valid.
         """
+        while self._open:
+            self._join(next(iter(self._open)))
         if not self._is_broken:
             return
         wait_idle(self._policy.pairs.device)

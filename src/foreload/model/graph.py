@@ -22,7 +22,6 @@ from foreload.model.kv_cache import clear_static, pass_cache, rewind_static
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -80,7 +79,7 @@ class GraphPool:
         can_capture: Whether captures are tried: none is after one that the model does not allow.
     """
 
-    def __init__(self, turns: AbstractContextManager[Any]) -> None:
+    def __init__(self, turns: Turns) -> None:
         self._stream: Any = None
         self.turns = turns
         self.can_capture = True
@@ -113,7 +112,7 @@ class GraphPool:
             RuntimeError: The device ran out of memory, which says nothing about the model.
         """
         # Only one at a time can be under way.
-        with self.turns:
+        with self.turns.taken():
             if not self.can_capture:
                 return False
             graph, handle = torch.cuda.CUDAGraph(), self._handle()
@@ -228,7 +227,7 @@ class StepGraph:
         Cost:
             One launch, where the step is captured; the host does not wait.
         """
-        with self._pool.turns, torch.inference_mode(), on_device(self.device):
+        with self._pool.turns.taken(), torch.inference_mode(), on_device(self.device):
             if self.is_closed:
                 raise ForeloadError("the engine is closed", hint="open a new one")
             # From page-locked memory, which torch does not use again before it was read.
@@ -262,7 +261,7 @@ class StepGraph:
             Whether it was done now: the step has then been run on whatever tokens it had, and
             experts were looked up and fetched for them.
         """
-        with self._pool.turns, torch.inference_mode(), on_device(self.device):
+        with self._pool.turns.taken(), torch.inference_mode(), on_device(self.device):
             if not (self.wants_capture and self._pool.can_capture):
                 self.wants_capture = False
                 return False
@@ -310,10 +309,10 @@ class StepGraph:
 
     def close(self) -> None:
         """Let go of the captured step, which reads memory that is about to go."""
-        with self._pool.turns:
+        with self._pool.turns.taken():
             self.is_closed = True
             self.graph = self._outputs = None
-            for step in self._beside.values():
+            for step in list(self._beside.values()):
                 step.close()
 
     def _step(self) -> tuple[Tensor, Tensor]:
@@ -380,22 +379,23 @@ class StepGraphs:
     @contextmanager
     def lend(self, num_positions: int) -> Iterator[StepGraph]:
         """Lend a step with an empty cache for so many tokens; one request has it to itself."""
-        with self._turns:
+        with self._turns.taken():
             step = self._take(num_positions)
-            self._lent.append(step)
         try:
+            self._lent.append(step)
             yield step
         except Exception:
-            with self._turns:
+            with self._turns.taken():
                 # Memory may be what lacked: this step's, and that of those nobody uses.
                 step.close()
                 self._idle.clear()
             raise
         finally:
-            with self._turns:
-                # After `release` it is in neither list.
-                if step in self._lent:
-                    self._lent.remove(step)
+            # After `release` it is in neither list. Before anything is waited for, which may be
+            # interrupted: nobody would get this step again.
+            if step in self._lent:
+                self._lent.remove(step)
+                with self._turns.taken():
                     if not step.is_closed:
                         step.clear()
                         self._idle.append(step)
@@ -413,7 +413,7 @@ class StepGraphs:
 
     def release(self) -> None:
         """Close all steps; those that are lent answer no more."""
-        with self._turns:
+        with self._turns.taken():
             for step in (*self._idle, *self._lent):
                 step.close()
             self._idle.clear()

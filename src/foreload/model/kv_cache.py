@@ -271,7 +271,7 @@ def _with_room(
     if buffer is not None and is_current and buffer.shape[-2] >= needed:
         return buffer
     capacity = max(_FIRST_CAPACITY, 2 * used)
-    if most is not None:
+    if most is not None and needed <= most:
         capacity = min(capacity, most)
     capacity = max(capacity, needed)
     grown = torch.empty(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import threading
 import traceback
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from foreload.errors import CapacityError
-from foreload.memory.cuda import is_capturing, is_out_of_memory, measure_shortage
+from foreload.memory.cuda import Turns, is_capturing, is_out_of_memory, measure_shortage
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
-    from contextlib import AbstractContextManager
 
     import torch
 
@@ -72,18 +71,19 @@ class MemoryGuard:
         finally:
             self._computing.discard(thread)
 
-    def watch(self, model: Any, turns: AbstractContextManager[Any]) -> None:
+    def watch(self, model: Any, turns: Turns | None) -> None:
         """Guard the calls of a model, until `unwatch`.
 
         Args:
             model: A transformers model.
-            turns: Held in every call.
+            turns: Taken for every call; None where calls need none.
         """
         forward = model.forward
 
         @functools.wraps(forward)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            with self.within("while the model ran"), turns:
+            turn = nullcontext() if turns is None else turns.taken()
+            with self.within("while the model ran"), turn:
                 return forward(*args, **kwargs)
 
         model.forward = guarded
