@@ -6,6 +6,7 @@ left in the pool. A replay runs it again, and spoils what every other graph left
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "stream", self.on_stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        handles = itertools.count()
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))
         # transformers asks for it.
         is_capturing = lambda: self.phase == "capture"  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
