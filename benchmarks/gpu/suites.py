@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from foreload.bench.arm import Arm
 from foreload.bench.moe_speq import MOE_SPEQ_ARMS
 from foreload.bench.speculating_experts import SPECULATION_ARMS
-from foreload.errors import ConfigError
+from foreload.bench.workload import check_contexts
 from foreload.model.hf import load_model
 from foreload.recording import record_trace
 from foreload.trace.replay import replay as replay_trace
@@ -193,7 +193,8 @@ def _run_suite(
     picked = pick_arms(settings, arms, usual)
     model = widened_demo(settings)
     contexts = settings.contexts or (settings.num_prompt_tokens,)
-    _check_contexts(model, max(contexts), settings.num_decode_tokens)
+    limit = load_model(model).generation.max_positions
+    check_contexts(contexts, settings.num_decode_tokens, limit)
     yield from tell_left_out(model, picked)
     longest = dataclasses.replace(settings, num_prompt_tokens=max(contexts))
     texts = read_windows(longest, model, num_decode_tokens=settings.num_decode_tokens)
@@ -219,17 +220,6 @@ def _run_suite(
             yield show({"context": context, "left_out": TOO_LATE})
         else:
             yield from or_broken({"context": context}, run_context(context))
-
-
-def _check_contexts(model: Path, longest: int, num_decode_tokens: int) -> None:
-    """Refuses contexts that the model was not made for: its text there means nothing."""
-    limit = load_model(model).generation.max_positions
-    if limit is not None and longest + num_decode_tokens > limit:
-        raise ConfigError(
-            f"{longest} tokens of prompt and {num_decode_tokens} decoded are more than the model's "
-            f"context of {limit}",
-            hint="give shorter --contexts",
-        )
 
 
 def slot_plan(settings: Settings) -> Iterator[Row]:

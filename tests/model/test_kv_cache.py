@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -102,14 +103,15 @@ def test_batches_are_reordered_repeated_and_selected(model: PreTrainedModel) -> 
     assert_equal(ours, theirs)
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."),
+    reason="transformers 5.17 keeps the length of a dynamic cache that it resets",
+)
 def test_a_reset_cache_starts_anew(model: PreTrainedModel) -> None:
     ours, theirs = both(model)
     for cache in (ours, theirs):
         run(model, cache, zoo.prompt(7))
         cache.reset()
-    if any(getattr(layer, "keys", None) is not None for layer in theirs.layers):
-        pytest.skip("the installed transformers keeps the length of what it resets")
-    for cache in (ours, theirs):
         run(model, cache, zoo.prompt(3) + 9)
     assert_equal(ours, theirs)
 

@@ -22,7 +22,7 @@ from foreload.bench.measure import (
 from foreload.bench.plots import plot_timeline, plot_tpot
 from foreload.bench.probe import probe_experts
 from foreload.bench.report import BudgetLimits, label_arm, summarise
-from foreload.bench.workload import make_workloads
+from foreload.bench.workload import check_contexts, make_workloads
 from foreload.config import EngineConfig, format_bytes
 from foreload.engine import Engine
 from foreload.errors import CapacityError, ConfigError
@@ -224,7 +224,9 @@ class _SuiteRun:
         self._cache_dir = default_cache_dir()
         self.result = SuiteResult(machine=describe_machine(self._loaded, options.model))
         self.result.machine["link_bytes_s"] = options.link_bytes_s
-        self._check_contexts()
+        if not self.result.machine["is_random"]:
+            limit = self._loaded.generation.max_positions
+            check_contexts(self._contexts, options.num_decode_tokens, limit)
         self._check_budgets()
         self.arms = self._available_arms()
         self._stock = _load_stock(directory, self._loaded) if options.with_stock else None
@@ -422,17 +424,6 @@ class _SuiteRun:
                 )
             self.result.left_out[arm.name] = f"{needed} (`foreload {verb}`)"
         return available
-
-    def _check_contexts(self) -> None:
-        """Refuse contexts a trained model was not made for: its text there means nothing."""
-        limit = self._loaded.generation.max_positions
-        longest = max(self._contexts) + self._options.num_decode_tokens
-        if limit is not None and longest > limit and not self.result.machine["is_random"]:
-            raise ConfigError(
-                f"{max(self._contexts)} tokens of prompt and {self._options.num_decode_tokens} "
-                f"decoded are more than the model's context of {limit}",
-                hint="give shorter contexts, or time a model with random weights",
-            )
 
     def _check_budgets(self) -> None:
         """Refuse budgets that no engine could be opened with."""

@@ -14,7 +14,27 @@ from foreload.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Workload", "make_workloads"]
+__all__ = ["Workload", "check_contexts", "make_workloads"]
+
+
+def check_contexts(contexts: Sequence[int], num_decode_tokens: int, limit: int | None) -> None:
+    """Refuse contexts that a trained model was not made for: its text there means nothing.
+
+    Args:
+        contexts: Lengths of prompts.
+        num_decode_tokens: Tokens decoded behind each.
+        limit: The model's own context; None where it has none.
+
+    Raises:
+        ConfigError: One of them is too long.
+    """
+    longest = max(contexts)
+    if limit is not None and longest + num_decode_tokens > limit:
+        raise ConfigError(
+            f"{longest} tokens of prompt and {num_decode_tokens} decoded are more than the model's "
+            f"context of {limit}",
+            hint="give shorter contexts, or time a model with random weights",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from foreload.memory.cuda import is_out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "can_be_static",
@@ -84,17 +87,9 @@ def can_rewind(model: Any) -> bool:
     wanted = _say(model, make_kv_cache(model), detour=False)
     cache = make_kv_cache(model)
     cache.activate_past_recording()
-    try:
-        found = _say(model, cache, detour=True)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        # A layer refused to go back, or what it kept does not fit what comes next.
-        return False
-    if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
-        return False
-    gap = (found - wanted).abs().mean()
-    return bool(gap <= 0.02 * wanted.std())
+    # A layer may refuse to go back, or what it kept not fit what comes next.
+    gives_it = _gives(wanted, lambda: _say(model, cache, detour=True))
+    return gives_it and all(getattr(layer, "is_croppable", True) for layer in cache.layers)
 
 
 def _say(model: Any, cache: Any, *, detour: bool) -> Tensor:
@@ -167,8 +162,13 @@ def can_be_static(model: Any) -> bool:
     if static is None:
         return False
     wanted = _run_pieces(model, ids, make_kv_cache(model))
+    return _gives(wanted, lambda: _run_pieces(model, ids, static))
+
+
+def _gives(wanted: Tensor, run: Callable[[], Tensor]) -> bool:
+    """Tell whether a trial gives the logits that are wanted; what a cache refuses does not."""
     try:
-        found = _run_pieces(model, ids, static)
+        found = run()
     except (NotImplementedError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
